@@ -1,0 +1,92 @@
+"""What the engine tells whoever asked: progress, tokens, figures, the end. Plain frozen data.
+
+A `Stream` yields `Prefill* Token* Done | Failed`; loaders and converters call back with `Progress`.
+Local engine and remote endpoint send the same events. Imports nothing but the errors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from mimo_local.errors import MimoError
+
+FinishReason: TypeAlias = Literal["stop", "length", "cancelled", "context"]
+"""Why an answer ended: a stop id or stop string, `max_tokens`, the user, or a full context."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Long work outside an answer: loading, converting, fetching, verifying."""
+
+    stage: str
+    """What is being done, in two or three words a user understands."""
+    done: int
+    total: int
+    unit: str = "bytes"
+    eta_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Prefill:
+    """`done` of `total` prompt tokens have been processed (tokens found in the cache count as done)."""
+
+    done: int
+    total: int
+    tokens_per_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One generated token and the text it completes (empty while a UTF-8 character is unfinished)."""
+
+    id: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """Figures of one request."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Prompt tokens that were already in the session's cache and were not processed again."""
+    completion_tokens: int = 0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    context_used: int = 0
+    context_limit: int = 0
+    cache_bytes: int = 0
+    """Bytes of this session's key/value cache."""
+    kernel: str = ""
+    """`avx512`, `avx2`, `scalar`, or `reference (slow)`."""
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        """Processed (not cached) prompt tokens per second."""
+        new = self.prompt_tokens - self.cached_tokens
+        return new / self.prefill_s if self.prefill_s > 0 else 0.0
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        """Generated tokens per second, the first token (part of prefill) left out."""
+        steps = self.completion_tokens - 1
+        return steps / self.decode_s if self.decode_s > 0 and steps > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The answer is complete."""
+
+    reason: FinishReason
+    stats: Stats
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The request ended in an error; the session's ids and cache still agree."""
+
+    error: MimoError
+
+
+Event: TypeAlias = Prefill | Token | Done | Failed
