@@ -1,0 +1,44 @@
+"""Shared fixtures: every test gets a user folder of its own; golden texts are compared or rewritten."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--update-golden", action="store_true", help="rewrite the golden files instead of comparing"
+    )
+
+
+@pytest.fixture(autouse=True)
+def user_home(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Path]:
+    """Point config, data and cache of the tool at an empty folder; no test sees the user's."""
+    home = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("MIMO_HOME", str(home))
+    for name in ("MIMO_MODEL", "MIMO_ISA", "MIMO_THREADS", "MIMO_KERNELS", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    yield home
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """`golden(name, text)`: the text must equal tests/golden/<name>; `--update-golden` writes it."""
+
+    def check(name: str, text: str) -> None:
+        path = GOLDEN / name
+        if request.config.getoption("--update-golden"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+            return
+        assert path.exists(), f"{path} is missing: run `pytest --update-golden` and read the diff"
+        assert text == path.read_text(encoding="utf-8")
+
+    return check
