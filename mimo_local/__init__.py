@@ -1,4 +1,4 @@
-"""MiMo-V2-Flash on one desktop. The public surface is `load`; everything else is imported when used.
+"""MiMo-V2-Flash on one desktop. The public surface is `load`, imported when first used.
 
 Kept lazy on purpose: `mimo --help` and `import mimo_local` must not pay torch's 2-3 seconds.
 """

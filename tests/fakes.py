@@ -1,8 +1,8 @@
 """Stand-ins for each floor: a fake model for `generate`, a fake engine for everything above it.
 
-`FakeModel` answers from a hash of every id its cache holds, so a cache that lost or kept a wrong row
-changes the next token. `FakeEngine` plays queued chunks, in the same events as the real one, without
-torch or weights: `FakeEngine(["Hel", "lo"])`, then `engine.queue(...)` for more answers.
+`FakeModel` answers from a hash of every id its cache holds, so a cache that lost or kept a wrong
+row changes the next token. `FakeEngine` plays queued chunks, in the same events as the real one,
+without torch or weights: `FakeEngine(["Hel", "lo"])`, then `engine.queue(...)` for more answers.
 Import with `from fakes import FakeEngine`.
 """
 
@@ -22,7 +22,6 @@ from mimo_local.events import Done, Event, Failed, FinishReason, Prefill, Stats,
 
 if TYPE_CHECKING:
     import torch
-
     from mimo_local.sampler import SamplingParams
 
 
@@ -245,7 +244,7 @@ class FakeCache:
         self.window, self.slack = window, slack
         self.held: list[int] = []
         self.oldest = 0
-        """First position whose row is still there; truncating below oldest + window is impossible."""
+        """First position whose row is still there; truncating below oldest + window must fail."""
 
     @property
     def length(self) -> int:
@@ -277,7 +276,7 @@ class FakeModel:
     """Hidden row t = hash of all ids up to t, so any slip in the cache changes what comes next.
 
     `script`: ids to prefer, by position (a strong logit), whatever the hash says.
-    `fail_at`: raise RuntimeError when the cache reaches that length. `step_s`: sleep per forward row.
+    `fail_at`: raise RuntimeError when the cache reaches that length. `step_s`: sleep per row.
     """
 
     def __init__(
