@@ -1,0 +1,201 @@
+"""How many bytes a model takes: every matrix of a `ModelConfig`, priced by a pack's formats.
+
+Arithmetic only, so that planning for 309 B parameters needs no download and no torch; tests tie the
+prices to `quant.formats`. Knows no machine. Called by plan, benchmark and cli.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from mimo_local.config import LayerSpec, ModelConfig
+from mimo_local.errors import UsageError
+
+GB = 1_000_000_000
+ALIGN = 4096  # an expert starts on a page, so that one direct read brings it
+CHUNK = 512  # rows of one prefill step: what the activations are sized for
+
+KINDS = ("attention", "dense", "head", "embedding", "mtp")
+
+
+class Formats(Protocol):
+    """What stores which matrices: a `quant.convert.Recipe` or this module's `PackFormats`."""
+
+    @property
+    def experts(self) -> str:
+        """Format of these matrices."""
+
+    @property
+    def attention(self) -> str:
+        """Format of these matrices."""
+
+    @property
+    def dense(self) -> str:
+        """Format of these matrices."""
+
+    @property
+    def embedding(self) -> str:
+        """Format of these matrices."""
+
+    @property
+    def head(self) -> str:
+        """Format of these matrices."""
+
+    @property
+    def mtp(self) -> str:
+        """Format of these matrices."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackFormats:
+    """The default recipe: experts at 4 bit, everything else at 8."""
+
+    experts: str = "nf4"
+    attention: str = "int8"
+    dense: str = "int8"
+    embedding: str = "int8"
+    head: str = "int8"
+    mtp: str = "int8"
+
+
+def matrix_bytes(fmt: str, rows: int, cols: int) -> int:
+    """Bytes of one (rows, cols) matrix in format `fmt`, scales included; UsageError if unknown."""
+    if fmt == "nf4" and cols % 64:
+        fmt = "int8"  # blocks of 64 do not fit the row: such a matrix is kept at 8 bit
+    match fmt:
+        case "nf4":
+            return rows * cols // 2 + rows * (cols // 64) * 2
+        case "int8":
+            return rows * cols + rows * 4
+        case "bf16":
+            return rows * cols * 2
+        case "f32":
+            return rows * cols * 4
+    raise UsageError(f"there is no weight format `{fmt}`", hint="formats: nf4, int8, bf16, f32")
+
+
+def matrices(config: ModelConfig) -> Iterator[tuple[str, int, int, int]]:
+    """(kind, rows, cols, how many) of every matrix; kinds: KINDS and "experts"."""
+    hidden = config.hidden_size
+    yield "embedding", config.vocab_size, hidden, 1
+    if not config.tie_embeddings:
+        yield "head", config.vocab_size, hidden, 1
+    for layer in config.layers:
+        yield from (("attention", *shape, 1) for shape in _attention(layer, hidden))
+        if layer.mlp == "dense":
+            yield "dense", layer.intermediate, hidden, 2
+            yield "dense", hidden, layer.intermediate, 1
+        else:
+            yield "experts", config.moe_intermediate_size, hidden, 2 * config.n_experts
+            yield "experts", hidden, config.moe_intermediate_size, config.n_experts
+    if config.mtp_layer is not None and config.n_mtp_layers:
+        spec, count = config.mtp_layer, config.n_mtp_layers
+        yield from (("mtp", *shape, count) for shape in _attention(spec, hidden))
+        yield "mtp", hidden, 2 * hidden, count
+        yield "mtp", spec.intermediate, hidden, 2 * count
+        yield "mtp", hidden, spec.intermediate, count
+
+
+def exact_weights(config: ModelConfig) -> int:
+    """Weights kept in float32: routers with their bias, norms, sinks (main layers and MTP)."""
+    count = config.hidden_size * (1 + 2 * config.n_layers)
+    count += sum(layer.heads for layer in config.layers if layer.has_sink)
+    count += sum(
+        config.n_experts * (config.hidden_size + 1) for layer in config.layers if layer.mlp == "moe"
+    )
+    if config.mtp_layer is not None:
+        sink = config.mtp_layer.heads if config.mtp_layer.has_sink else 0
+        count += config.n_mtp_layers * (5 * config.hidden_size + sink)
+    return count
+
+
+def active_weights(config: ModelConfig) -> int:
+    """Weights one token multiplies: chosen experts, attention, dense, routers and the head."""
+    total = exact_weights(config)
+    for kind, rows, cols, count in matrices(config):
+        if kind == "experts":
+            total += rows * cols * count // config.n_experts * config.experts_per_token
+        elif kind in ("attention", "dense", "head") or (
+            kind == "embedding" and config.tie_embeddings
+        ):
+            total += rows * cols * count
+    return total
+
+
+def kv_bytes(config: ModelConfig, tokens: int, itemsize: int = 2) -> int:
+    """Bytes of one sequence's keys and values; sliding layers stop growing at the window."""
+    return sum(
+        layer.kv_heads
+        * (layer.head_dim + layer.v_head_dim)
+        * itemsize
+        * (tokens if layer.window is None else min(tokens, layer.window))
+        for layer in config.layers
+    )
+
+
+def activation_bytes(config: ModelConfig) -> int:
+    """Float32 rows of one prefill step plus the largest matrix a product unpacks."""
+    heads = max(ly.heads * (ly.head_dim + ly.v_head_dim) for ly in config.layers)
+    inner = max(ly.intermediate for ly in config.layers)
+    inner = max(inner, config.moe_intermediate_size * max(config.experts_per_token, 1))
+    largest = max(r * c for kind, r, c, _ in matrices(config) if kind not in ("embedding", "head"))
+    return 4 * (CHUNK * (8 * config.hidden_size + 2 * heads + 3 * inner) + largest)
+
+
+@dataclass(frozen=True, slots=True)
+class PackSizes:
+    """Bytes of a pack by what is placed together; `expert` is one, padded to 4 KiB."""
+
+    expert: int
+    experts: int
+    attention: int
+    dense: int
+    head: int
+    embedding: int
+    mtp: int
+    exact: int
+
+    @classmethod
+    def estimate(cls, config: ModelConfig, formats: Formats | None = None) -> PackSizes:
+        """What converting `config` with `formats` will write, headers aside."""
+        formats = formats or PackFormats()
+        size = dict.fromkeys((*KINDS, "experts"), 0)
+        n_layers = sum(layer.mlp == "moe" for layer in config.layers)
+        for kind, rows, cols, count in matrices(config):
+            size[kind] += matrix_bytes(getattr(formats, kind), rows, cols) * count
+        count = n_layers * config.n_experts
+        one = size["experts"] // count if count else 0
+        return cls(
+            expert=-(-one // ALIGN) * ALIGN,
+            experts=count,
+            exact=4 * exact_weights(config),
+            **{kind: size[kind] for kind in KINDS},
+        )
+
+    @property
+    def total(self) -> int:
+        """Bytes of the whole pack."""
+        return self.resident + self.expert * self.experts + self.mtp
+
+    @property
+    def resident(self) -> int:
+        """Bytes every token needs besides experts; embedding included, MTP not."""
+        return self.attention + self.dense + self.head + self.embedding + self.exact
+
+
+def gb(nbytes: float) -> str:
+    """Bytes as people compare them with a shop's label: 13.4 MB, 176.7 GB (powers of ten)."""
+    if nbytes >= 0.9995 * GB:
+        return f"{nbytes / GB:.1f} GB" if nbytes < 999.5 * GB else f"{nbytes / GB / 1000:.2f} TB"
+    return f"{nbytes / 1e6:.1f} MB" if nbytes < 99.95e6 else f"{nbytes / 1e6:.0f} MB"
+
+
+def _attention(layer: LayerSpec, hidden: int) -> tuple[tuple[int, int], ...]:
+    return (
+        (layer.heads * layer.head_dim, hidden),
+        (layer.kv_heads * layer.head_dim, hidden),
+        (layer.kv_heads * layer.v_head_dim, hidden),
+        (hidden, layer.heads * layer.v_head_dim),
+    )

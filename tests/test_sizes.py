@@ -1,0 +1,107 @@
+"""sizes: the byte account of the real model, and the same prices as the formats that write."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mimo_local import sizes
+from mimo_local.config import ModelConfig
+from mimo_local.errors import UsageError
+
+REAL = ModelConfig.from_dict(
+    json.loads((Path(sizes.__file__).with_name("real_config.json")).read_text())
+)
+
+
+def weights(kind: str) -> int:
+    return sum(r * c * n for k, r, c, n in sizes.matrices(REAL) if k == kind)
+
+
+def test_the_real_model_counts_to_its_published_sizes() -> None:
+    assert weights("embedding") == weights("head") == 624_951_296
+    assert weights("dense") == 201_326_592
+    assert weights("experts") == 302_795_194_368
+    # Attention of 9 full and 39 sliding layers; the sliding ones' 64 sinks are counted as exact.
+    assert weights("attention") == 802_160_640 + 3_680_504_256 - 39 * 64
+    mtp_exact = 3 * (5 * 4096 + 64)
+    assert weights("mtp") == 987_820_224 - mtp_exact
+    assert sizes.exact_weights(REAL) == 49_295_104 + 397_312 + 39 * 64 + mtp_exact
+    main = sum(weights(k) for k in ("embedding", "head", "dense", "experts", "attention"))
+    assert main + sizes.exact_weights(REAL) - mtp_exact == 308_778_780_864
+
+
+def test_one_token_multiplies_about_fifteen_billion_weights() -> None:
+    mtp_exact = 3 * (5 * 4096 + 64)
+    assert sizes.active_weights(REAL) - mtp_exact == 9_462_349_824 + 5_358_635_200
+
+
+def test_the_kv_cache_of_the_real_model() -> None:
+    rings = 39 * 5120 * 129
+    assert rings == 25_758_720
+    for tokens in (129, 8192, 32768, 262144):
+        assert sizes.kv_bytes(REAL, tokens) == 23_040 * tokens + rings
+    assert sizes.kv_bytes(REAL, 1) == 23_040 + 39 * 5120, "rings start empty"
+    assert sizes.kv_bytes(REAL, 8192, 4) == 2 * sizes.kv_bytes(REAL, 8192)
+
+
+@pytest.mark.parametrize(
+    ("fmt", "expert", "total_gb"),
+    [("nf4", 13_369_344, 168.0), ("int8", 25_198_592, 310.3), ("bf16", 50_331_648, 612.7)],
+)
+def test_expert_and_pack_bytes(fmt: str, expert: int, total_gb: float) -> None:
+    pack = sizes.PackSizes.estimate(REAL, sizes.PackFormats(experts=fmt))
+    assert (pack.expert, pack.experts) == (expert, 12_032)
+    assert pack.total / 1e9 == pytest.approx(total_gb, abs=0.1)
+    assert pack.expert % sizes.ALIGN == 0
+
+
+def test_prices_are_those_of_the_formats_that_write_the_bytes() -> None:
+    from quant.formats import FORMATS
+
+    for name, fmt in FORMATS.items():
+        for rows, cols in ((1, 64), (7, 128), (192, 576), (2048, 4096)):
+            assert sizes.matrix_bytes(name, rows, cols) == fmt.nbytes(rows, cols), name
+
+
+def test_the_default_formats_are_the_converters_default_recipe() -> None:
+    convert = pytest.importorskip("quant.convert")
+    recipe, ours = convert.Recipe(), sizes.PackFormats()
+    for kind in (*sizes.KINDS, "experts"):
+        assert getattr(ours, kind) == getattr(recipe, kind), kind
+
+
+def test_an_unknown_format_is_named() -> None:
+    with pytest.raises(UsageError, match="q4_k") as caught:
+        sizes.matrix_bytes("q4_k", 64, 64)
+    assert "nf4" in caught.value.hint
+
+
+@given(rows=st.integers(1, 300), cols=st.integers(1, 300))
+def test_fewer_bits_never_cost_more(rows: int, cols: int) -> None:
+    nf4, int8, bf16, f32 = (
+        sizes.matrix_bytes(f, rows, cols) for f in ("nf4", "int8", "bf16", "f32")
+    )
+    assert nf4 <= int8
+    assert bf16 < f32
+    if cols >= 4:  # below that INT8's scale per row weighs more than the row
+        assert int8 <= bf16
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [
+        (0, "0.0 MB"),
+        (13_369_344, "13.4 MB"),
+        (988_477_440, "988 MB"),
+        (999_900_000, "1.0 GB"),
+        (167_986_301_440, "168.0 GB"),
+        (1_000_000_000_000, "1.00 TB"),
+    ],
+)
+def test_bytes_are_written_as_on_a_label(nbytes: int, text: str) -> None:
+    assert sizes.gb(nbytes) == text
