@@ -1,0 +1,400 @@
+"""KVCache: one sequence's keys and values; sliding layers keep a constant few rows, full ones all.
+
+Knows positions and rows, not what attention does with them. A step calls `append` once per layer
+and `advance` at its end; only `advance` commits, so a step that fails or is cancelled on the way
+leaves the cache as it was. Called by `model`; `generate` and `engine` truncate, snapshot and save.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import weakref
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from mimo_local.config import LayerSpec, ModelConfig
+from mimo_local.errors import DiskSpaceError, PackError, UsageError
+from quant.tensorfile import bytes_of
+
+# A ring is kept unrolled: rows lie in order, and when the end is reached the rows still needed move
+# to the front. 32 spare rows: one move of W - 1 + slack rows per 32 tokens, and every view a slice.
+SPARE_ROWS = 32
+_FORMAT = "mimo-kv-1"
+_HINT = "delete the file: the conversation can be read again from its text"
+
+
+class View(NamedTuple):
+    """Keys and values a step may attend to: row i is position `first_position` + i.
+
+    k (S, G, dk), v (S, G, dv) in the storage dtype; valid until the cache is touched again.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    first_position: int
+
+
+class _Store:
+    k: torch.Tensor
+    v: torch.Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, used or not."""
+        return self.k.nbytes + self.v.nbytes
+
+
+class RingKV(_Store):
+    """One sliding layer: the last W - 1 + slack rows and a little room, never more."""
+
+    kind = "swa"
+
+    def __init__(self, spec: LayerSpec, slack: int, dtype: torch.dtype, device: torch.device):
+        if spec.window is None:
+            raise ValueError(f"layer {spec.index} has no window")
+        self.need = spec.window - 1
+        """Rows before the first new one that the next query may see."""
+        self.keep = self.need + slack
+        shape = (self.keep + SPARE_ROWS, spec.kv_heads)
+        self.k = _empty((*shape, spec.head_dim), dtype, device)
+        self.v = _empty((*shape, spec.v_head_dim), dtype, device)
+        self.first = 0
+        """Position of row 0; every row from there to the cache's length is valid."""
+        self.pending: tuple[torch.Tensor, torch.Tensor] | None = None
+        """The last rows of a step too long for the spare room, until it is committed."""
+
+    def append(self, length: int, k: torch.Tensor, v: torch.Tensor) -> View:
+        """Rows length - (W-1) .. length + T, the new ones uncommitted."""
+        self.pending = None
+        n_new = k.shape[0]
+        start = max(self.first, length - self.need)
+        if length - self.first + n_new > self.k.shape[0]:
+            self._shift(max(self.first, length - self.keep), length)
+        base, row = start - self.first, length - self.first
+        if row + n_new <= self.k.shape[0]:
+            # Beyond `length` nothing is valid yet: a failed step leaves only unread bytes behind.
+            self.k[row : row + n_new] = k
+            self.v[row : row + n_new] = v
+            return View(self.k[base : row + n_new], self.v[base : row + n_new], start)
+        all_k = torch.cat((self.k[base:row], k.to(self.k.dtype)))
+        all_v = torch.cat((self.v[base:row], v.to(self.v.dtype)))
+        tail = min(n_new, self.keep)
+        self.pending = (all_k[-tail:].clone(), all_v[-tail:].clone()) if tail else (k[:0], v[:0])
+        return View(all_k, all_v, start)
+
+    def advance(self, length: int, n_new: int) -> None:
+        """Commit the rows of the last append; `length` is the one before them."""
+        if self.pending is None:
+            return
+        k, v = self.pending
+        self.pending = None
+        # Of the old rows only those within `keep` of the new end are worth moving.
+        end = length + n_new
+        old = max(0, min(self.keep - k.shape[0], length - self.first))
+        self._shift(length - old, length)
+        self.k[old : old + k.shape[0]] = k
+        self.v[old : old + v.shape[0]] = v
+        self.first = end - k.shape[0] - old
+
+    def _shift(self, new_first: int, length: int) -> None:
+        """Move rows new_first .. length to the front; changes no content anybody may read."""
+        a, b = new_first - self.first, length - self.first
+        if a:
+            self.k[: b - a] = self.k[a:b].clone()
+            self.v[: b - a] = self.v[a:b].clone()
+            self.first = new_first
+
+    def reaches(self, n: int) -> bool:
+        """Whether the rows a query at position n may see are all still here."""
+        return self.first <= max(0, n - self.need)
+
+    def rows(self, length: int) -> tuple[int, torch.Tensor, torch.Tensor]:
+        """(first position, keys, values) of what a snapshot has to hold, as views."""
+        start = max(self.first, length - self.keep)
+        a, b = start - self.first, length - self.first
+        return start, self.k[a:b], self.v[a:b]
+
+    def load(self, first: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Take over the rows of a snapshot."""
+        self.pending = None
+        self.k[: k.shape[0]] = k
+        self.v[: v.shape[0]] = v
+        self.first = first
+
+
+class FullKV(_Store):
+    """One full layer: every row since position 0, capacity growing by half when it runs out."""
+
+    kind = "full"
+
+    def __init__(self, spec: LayerSpec, capacity: int, dtype: torch.dtype, device: torch.device):
+        self.k = _empty((capacity, spec.kv_heads, spec.head_dim), dtype, device)
+        self.v = _empty((capacity, spec.kv_heads, spec.v_head_dim), dtype, device)
+
+    def append(self, length: int, k: torch.Tensor, v: torch.Tensor) -> View:
+        """All rows and the new ones, the new ones uncommitted."""
+        end = length + k.shape[0]
+        if end > self.k.shape[0]:
+            self._grow(length, end)
+        self.k[length:end] = k
+        self.v[length:end] = v
+        return View(self.k[:end], self.v[:end], 0)
+
+    def advance(self, length: int, n_new: int) -> None:
+        """Nothing to do: rows below the cache's length count."""
+
+    def _grow(self, length: int, end: int) -> None:
+        capacity = max(end, self.k.shape[0] * 3 // 2, 64)
+        for name in ("k", "v"):
+            old: torch.Tensor = getattr(self, name)
+            new = _empty((capacity, *old.shape[1:]), old.dtype, old.device)
+            new[:length] = old[:length]
+            setattr(self, name, new)
+
+    def reaches(self, n: int) -> bool:
+        """Always: nothing is ever dropped."""
+        return True
+
+    def rows(self, length: int) -> tuple[int, torch.Tensor, torch.Tensor]:
+        """(0, keys, values), as views."""
+        return 0, self.k[:length], self.v[:length]
+
+    def load(self, first: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Take over rows 0 .. k.shape[0]."""
+        self.append(0, k, v)
+
+
+@dataclass(eq=False)
+class Snapshot:
+    """A point a cache can return to: its length and copies of its rings.
+
+    Full layers still hold their rows until the cache goes back below `length`: then it is stale.
+    """
+
+    length: int
+    rings: dict[int, tuple[int, torch.Tensor, torch.Tensor]] = field(repr=False)
+    stale: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the copies."""
+        return sum(k.nbytes + v.nbytes for _, k, v in self.rings.values())
+
+
+class KVCache:
+    """Keys and values of one sequence, one ring or growing store per layer."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype: torch.dtype = torch.float32,
+        slack: int = 4,
+        capacity_hint: int = 0,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """`slack`: rows that can always be taken back: deepest draft + 1; `capacity_hint`: rows."""
+        self.config, self.dtype, self.slack = config, dtype, slack
+        where = torch.device(device) if device is not None else torch.get_default_device()
+        self.layers: list[RingKV | FullKV] = [
+            FullKV(spec, capacity_hint, dtype, where)
+            if spec.window is None
+            else RingKV(spec, slack, dtype, where)
+            for spec in config.layers
+        ]
+        self.length = 0
+        """Committed rows = the position of the next token."""
+        self._snapshots: weakref.WeakSet[Snapshot] = weakref.WeakSet()
+
+    @property
+    def nbytes(self) -> dict[str, int]:
+        """Bytes held, by kind of layer: {"swa": constant, "full": grows with the length}."""
+        sizes = [(layer.kind, layer.nbytes) for layer in self.layers]
+        return {kind: sum(n for k, n in sizes if k == kind) for kind in ("swa", "full")}
+
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> View:
+        """Add k (T, G, dk), v (T, G, dv) after the committed rows of one layer, not yet committed.
+
+        Appending again before `advance` replaces them. Rounded to the storage dtype, and the view
+        shows the rounded rows: a prompt read in pieces attends to what it would see whole.
+        """
+        return self.layers[layer].append(self.length, k, v)
+
+    def advance(self, n: int) -> None:
+        """Commit the n rows every layer has been given."""
+        for layer in self.layers:
+            layer.advance(self.length, n)
+        self.length += n
+
+    def can_truncate(self, n: int) -> bool:
+        """Whether `truncate(n)` would work: within `slack` of the highest length, always."""
+        return 0 <= n <= self.length and all(layer.reaches(n) for layer in self.layers)
+
+    def truncate(self, n: int) -> None:
+        """Forget all rows from position n on. Raises UsageError if a ring has lost what n needs."""
+        if not 0 <= n <= self.length:
+            raise UsageError(f"cannot cut {self.length} rows to {n}", hint="cut to 0 or more rows")
+        if not self.can_truncate(n):
+            raise UsageError(
+                f"cannot go back from {self.length} to {n} rows: the sliding layers keep "
+                f"{self.slack} more than their window",
+                hint="restore a snapshot taken at or before that point, or read the text again",
+            )
+        self._mark_stale(n)
+        self.length = n
+
+    def clear(self) -> None:
+        """Forget everything; capacity stays."""
+        self._mark_stale(0)
+        self.length = 0
+        for layer in self.layers:
+            if isinstance(layer, RingKV):
+                layer.first, layer.pending = 0, None
+
+    def _mark_stale(self, n: int) -> None:
+        for snapshot in self._snapshots:
+            snapshot.stale |= snapshot.length > n
+
+    def snapshot(self) -> Snapshot:
+        """A restart point at this length: copies the rings (26 MB for the real model in bf16)."""
+        rings = {}
+        for i, ring in enumerate(self.layers):
+            if isinstance(ring, RingKV):
+                first, k, v = ring.rows(self.length)
+                rings[i] = (first, k.clone(), v.clone())
+        snapshot = Snapshot(self.length, rings)
+        self._snapshots.add(snapshot)
+        return snapshot
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go back to a snapshot of this cache; it can be restored again. UsageError if stale."""
+        if snapshot not in self._snapshots or snapshot.stale:
+            raise UsageError(
+                f"the snapshot at {snapshot.length} rows is not one of this cache as it is now",
+                hint="the cache went back below it since; use an earlier snapshot",
+            )
+        for i, rows in snapshot.rings.items():
+            self.layers[i].load(*rows)
+        self._mark_stale(snapshot.length)
+        self.length = snapshot.length
+
+    def save(self, path: Path | str) -> None:
+        """Write the committed rows to a safetensors file, whole or not at all. DiskSpaceError."""
+        tensors: dict[str, torch.Tensor] = {}
+        firsts: list[int] = []
+        for i, layer in enumerate(self.layers):
+            first, k, v = layer.rows(self.length)
+            firsts.append(first)
+            tensors[f"layers.{i}.k"], tensors[f"layers.{i}.v"] = k.contiguous(), v.contiguous()
+        facts: dict[str, Any] = {
+            "format": _FORMAT,
+            "config": fingerprint(self.config),
+            "first": firsts,
+        }
+        facts |= {"length": self.length, "slack": self.slack}
+        meta = {"mimo": json.dumps(facts), "checksum": _checksum(facts, tensors)}
+        with _whole_file(Path(path)) as part:
+            save_file(tensors, part, metadata=meta)
+
+    @classmethod
+    def load(
+        cls, path: Path | str, config: ModelConfig, *, device: torch.device | str | None = None
+    ) -> KVCache:
+        """Read a saved cache of the same model configuration. Raises PackError if it is not one."""
+        facts, tensors = _read(Path(path), config)
+        dtype = tensors["layers.0.k"].dtype
+        cache = cls(config, dtype=dtype, slack=facts["slack"], device=device)
+        for i, layer in enumerate(cache.layers):
+            layer.load(facts["first"][i], tensors[f"layers.{i}.k"], tensors[f"layers.{i}.v"])
+        cache.length = facts["length"]
+        return cache
+
+
+def fingerprint(config: ModelConfig) -> str:
+    """Digest of every number the cached rows depend on; equal for equal configs only."""
+    text = json.dumps(asdict(config), sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    # A buffer made inside inference mode could not be written outside it, as `restore` does.
+    with torch.inference_mode(False):
+        return torch.empty(shape, dtype=dtype, device=device)
+
+
+def _checksum(facts: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16)
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(bytes_of(tensors[name].cpu()))
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _whole_file(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` that becomes `path` only if the body succeeds."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    except (OSError, SafetensorError) as e:
+        full = "os error 28" in str(e) or (isinstance(e, OSError) and e.errno == errno.ENOSPC)
+        error = DiskSpaceError if full else UsageError
+        raise error(f"cannot write `{path}`: {e}", hint="choose another place for it") from e
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _read(path: Path, config: ModelConfig) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """(facts, tensors) of a saved cache that fits `config`, every claim checked; or PackError."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            meta = file.metadata() or {}
+            facts = json.loads(meta.get("mimo", "0"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError) as e:
+        raise PackError(f"`{path}` is not a saved cache: {e}", hint=_HINT) from e
+    if not isinstance(facts, dict) or facts.get("format") != _FORMAT:
+        raise PackError(f"`{path}` is not a saved cache of this version ({_FORMAT})", hint=_HINT)
+    if facts.get("config") != fingerprint(config):
+        raise PackError(f"`{path}` was saved with another model or window", hint=_HINT)
+    if meta.get("checksum") != _checksum(facts, tensors):
+        raise PackError(f"`{path}` is damaged: its checksum does not match", hint=_HINT)
+    if not _consistent(facts, tensors, config):
+        raise PackError(f"`{path}` holds rows that do not fit its length", hint=_HINT)
+    return facts, tensors
+
+
+def _consistent(
+    facts: dict[str, Any], tensors: dict[str, torch.Tensor], config: ModelConfig
+) -> bool:
+    """Whether shapes and positions are what `save` writes (a checksum is no proof of intent)."""
+    length, slack, first = facts.get("length"), facts.get("slack"), facts.get("first")
+    if not (isinstance(length, int) and isinstance(slack, int) and 0 <= slack < 1 << 16):
+        return False
+    if not isinstance(first, list) or len(first) != config.n_layers:
+        return False
+    for spec, start in zip(config.layers, first, strict=True):
+        low = 0 if spec.window is None else length - spec.window + 1 - slack
+        high = 0 if spec.window is None else max(0, length - spec.window + 1)
+        if not (isinstance(start, int) and max(0, low) <= start <= high):
+            return False
+        for part, dim in (("k", spec.head_dim), ("v", spec.v_head_dim)):
+            rows = tensors.get(f"layers.{spec.index}.{part}")
+            if rows is None or rows.shape != (length - start, spec.kv_heads, dim):
+                return False
+            if rows.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+                return False
+    return True

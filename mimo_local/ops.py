@@ -1,0 +1,181 @@
+"""The arithmetic of a layer as short functions: norm, rotary positions, routing, attention.
+
+Knows tensors and their shapes, no weights and no cache. Everything is float32 and runs on whatever
+device its arguments are on. Called by `model`. T rows of this step, D hidden, H query heads, G
+key/value heads, S keys, E experts, K chosen.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from mimo_local.config import ModelConfig
+
+# Up to this many rows every row is computed alone, so its bits do not depend on its company: a draft
+# of a few tokens must be judged by the numbers one token at a time would give.
+EXACT_ROWS = 16
+# Float32 scores held at once (H x queries x keys): 64 MiB.
+_SCORES = 1 << 24
+# Fewer queries than this per block and the products of sliding layers stop filling the cores.
+_MIN_BLOCK = 64
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x (T, D) float32, weight (D,) -> weight * x / sqrt(mean(x^2) + eps)."""
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x (T, D), weight (N, D) float32 -> (T, N); few rows go one by one, see EXACT_ROWS."""
+    if 1 < x.shape[0] <= EXACT_ROWS:
+        return torch.cat([F.linear(row, weight) for row in x.split(1)])
+    return F.linear(x, weight)
+
+
+class RopeTable:
+    """cos and sin of one rotary base, grown as positions ask for it."""
+
+    def __init__(self, theta: float, rotary_dim: int, device: torch.device | None = None) -> None:
+        """Angles are float32 products, as in training: float64 would differ at far positions."""
+        exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=device) / rotary_dim
+        self.frequencies = 1.0 / theta**exponents
+        self.cos = self.sin = self.frequencies.new_empty((0, 1, rotary_dim))
+
+    def grow(self, n: int) -> None:
+        """Make positions 0 .. n-1 available."""
+        have = self.cos.shape[0]
+        if n <= have:
+            return
+        n = max(n, 2 * have, 512)
+        with torch.inference_mode(False):
+            positions = torch.arange(n, dtype=torch.float32, device=self.frequencies.device)
+            angles = positions[:, None] * self.frequencies
+            cos, sin = angles.cos(), angles.sin()
+            self.cos = torch.cat((cos, cos), -1)[:, None]
+            self.sin = torch.cat((-sin, sin), -1)[:, None]
+
+    def rows(self, spans: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(first position, count) per sequence -> cos, sin (T, 1, rotary_dim), T = all counts.
+
+        sin's first half is negated: the rotation is then x * cos + swapped halves * sin.
+        """
+        self.grow(max(start + n for start, n in spans))
+        if len(spans) == 1:
+            start, n = spans[0]
+            return self.cos[start : start + n], self.sin[start : start + n]
+        pieces = [slice(start, start + n) for start, n in spans]
+        return (
+            torch.cat([self.cos[piece] for piece in pieces]),
+            torch.cat([self.sin[piece] for piece in pieces]),
+        )
+
+
+def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    """Rotate in place the first r dims of x (T, heads, dim); cos, sin (T, 1, r).
+
+    Dim i pairs with i + r/2. The rest of each head is left alone.
+    """
+    r = cos.shape[-1]
+    part = x[..., :r]
+    swapped = torch.cat((part[..., r // 2 :], part[..., : r // 2]), -1)
+    part.mul_(cos).addcmul_(swapped, sin)
+
+
+def route(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, config: ModelConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (T, D), router weight (E, D), bias (E,), all float32 -> ids (T, K) int64, weights (T, K).
+
+    Scores are sigmoids. The bias decides who is chosen, never how much a chosen expert counts. With
+    groups, only the experts of the best groups (by their two best scores) stand for election.
+    """
+    scores = linear(x, weight).sigmoid_()
+    election = scores + bias
+    if config.n_group > 1:
+        groups = election.view(x.shape[0], config.n_group, -1)
+        strength = groups.topk(2, dim=-1).values.sum(-1)
+        best = strength.topk(config.topk_group, dim=-1).indices
+        out = torch.ones_like(strength, dtype=torch.bool).scatter_(1, best, False)
+        election = groups.masked_fill(out[..., None], -torch.inf).flatten(1)
+    ids = election.topk(config.experts_per_token, dim=-1, sorted=False).indices
+    weights = scores.gather(1, ids)
+    if config.norm_topk_prob:
+        weights = weights / weights.sum(-1, keepdim=True).add_(1e-20)
+    if config.routed_scaling_factor != 1.0:
+        weights = weights * config.routed_scaling_factor
+    return ids, weights
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    start: int,
+    first: int,
+    window: int | None,
+    sink: torch.Tensor | None,
+) -> torch.Tensor:
+    """Causal attention of one sequence: q (T, H, dk), k (S, G, dk), v (S, G, dv) -> (T, H * dv).
+
+    Row t of q is position `start` + t, row s of k position `first` + s; a query sees keys at its own
+    and earlier positions, at most `window` of them. `sink` (H,) joins the softmax's denominator and
+    contributes no value. Query head a uses key/value head a // (H / G). k, v of any float dtype.
+    """
+    n_rows, n_heads, n_keys = q.shape[0], q.shape[1], k.shape[0]
+    if n_rows == 1:
+        low = 0 if window is None else max(0, start + 1 - window - first)
+        return _attend(q, k[low:], v[low:], None, sink)
+    if k.dtype != torch.float32:
+        k, v = k.float(), v.float()
+    if n_rows <= EXACT_ROWS:
+        block = 1
+    elif window is None:
+        block = max(1, _SCORES // (n_heads * n_keys))
+    else:
+        # Blocks of about a window see twice a window of keys: fewer would waste less but run slower.
+        block = max(1, min(max(window, _MIN_BLOCK), _SCORES // (n_heads * 2 * window)))
+    out = []
+    for a in range(0, n_rows, block):
+        b = min(a + block, n_rows)
+        low = 0 if window is None else max(0, start + a + 1 - window - first)
+        high = start + b - first
+        hidden = None
+        if b - a > 1:
+            query = torch.arange(start + a, start + b, device=q.device)[:, None]
+            key = torch.arange(first + low, first + high, device=q.device)
+            hidden = key > query
+            if window is not None:
+                hidden |= key <= query - window
+        out.append(_attend(q[a:b], k[low:high], v[low:high], hidden, sink))
+    return torch.cat(out) if len(out) > 1 else out[0]
+
+
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    hidden: torch.Tensor | None,
+    sink: torch.Tensor | None,
+) -> torch.Tensor:
+    """One block: q (B, H, dk), k (S, G, dk), v (S, G, dv) -> (B, H * dv); `hidden` (B, S) bool.
+
+    The R = H / G query heads that share a key head are rows of one product: K and V are read once
+    and never repeated.
+    """
+    n, heads, dk = q.shape
+    groups, dv = k.shape[1], v.shape[2]
+    shared = heads // groups
+    keys, values = k.float().permute(1, 2, 0), v.float().transpose(0, 1)
+    grouped = q.view(n, groups, shared, dk).permute(1, 2, 0, 3).reshape(groups, shared * n, dk)
+    scores = torch.bmm(grouped * dk**-0.5, keys)
+    if hidden is not None:
+        scores.view(groups, shared, n, -1).masked_fill_(hidden, -torch.inf)
+    if sink is None:
+        mass = scores.softmax(-1)
+    else:
+        column = sink.view(groups, shared, 1).expand(-1, -1, n).reshape(groups, shared * n, 1)
+        mass = torch.cat((scores, column), -1).softmax(-1)[..., :-1]
+    out = torch.bmm(mass, values)
+    return out.view(groups, shared, n, dv).permute(2, 0, 1, 3).reshape(n, heads * dv)
