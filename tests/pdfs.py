@@ -1,6 +1,6 @@
 """A PDF writer in plain Python: fixtures for the document tests, and the example's file.
 
-`Pdf()` collects pages of text lines in Helvetica, an outline, page labels; `bytes()` writes them.
+`Pdf()` collects pages of text lines in Helvetica, an outline, page labels; `build()` writes them.
 Switches make the files users really meet: encrypted, scanned, with a broken cross-reference table.
 `raw_pdf(objects)` writes any objects, for files made to hurt. Import with `import pdfs`.
 """
@@ -55,7 +55,7 @@ class Pdf:
         """Add a page of placed lines."""
         self.pages.append(list(runs))
 
-    def bytes(self) -> bytes:
+    def build(self) -> bytes:
         """The file."""
         n = len(self.pages)
         first_page, first_content = 7, 7 + n

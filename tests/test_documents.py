@@ -63,8 +63,8 @@ def test_pages_text_outline_and_labels_of_a_pdf(tmp_path: Path) -> None:
     made.outline = [(0, "One", 0), (1, "Second page", 1), (1, "Dünn – ☃", 2), (0, "End", 2)]
     made.labels = {0: "/S /r", 1: "/S /D /St 7"}
     path = tmp_path / "small.pdf"
-    path.write_bytes(made.bytes())
-    for source in (path, made.bytes()):
+    path.write_bytes(made.build())
+    for source in (path, made.build()):
         found = read(source, name="small.pdf")
         assert [p.number for p in found.pages] == [1, 2, 3]
         assert [p.label for p in found.pages] == ["i", "7", "8"]
@@ -83,22 +83,22 @@ def test_pages_text_outline_and_labels_of_a_pdf(tmp_path: Path) -> None:
 def test_a_compressed_pdf_reads_the_same_as_a_plain_one() -> None:
     plain, packed = small_pdf(), small_pdf()
     packed.compress = True
-    assert read(plain.bytes()).text == read(packed.bytes()).text
+    assert read(plain.build()).text == read(packed.build()).text
 
 
 def test_only_the_pages_asked_for_are_read() -> None:
-    found = read(small_pdf().bytes(), pages="3,1")
+    found = read(small_pdf().build(), pages="3,1")
     assert [p.number for p in found.pages] == [1, 3]
     assert found.page_count == 3
     with pytest.raises(UsageError, match="3 pages"):
-        read(small_pdf().bytes(), pages="2-4")
+        read(small_pdf().build(), pages="2-4")
 
 
 def test_a_scanned_page_is_named_and_the_rest_is_read() -> None:
     made = small_pdf()
     made.page("17", image=True)
     made.page()
-    found = read(made.bytes(), name="mixed.pdf")
+    found = read(made.build(), name="mixed.pdf")
     assert found.unread == (4,), "an empty sheet is not a scan"
     assert len(found.warnings) == 1 and "p. 4" in found.warnings[0] and "scan" in found.warnings[0]
     assert found.pages[0].text.startswith("First (with")
@@ -109,7 +109,7 @@ def test_a_fully_scanned_pdf_is_refused_with_a_word_on_ocr() -> None:
     made.page(image=True)
     made.page(image=True)
     with pytest.raises(DocumentError, match=r"p\. 1-2") as caught:
-        read(made.bytes())
+        read(made.build())
     assert "ocr" in caught.value.hint.lower()
 
 
@@ -117,12 +117,12 @@ def test_an_encrypted_pdf_asks_for_a_copy_without_password() -> None:
     made = small_pdf()
     made.password = "secret"
     with pytest.raises(DocumentError, match="password") as caught:
-        read(made.bytes())
+        read(made.build())
     assert "qpdf" in caught.value.hint
 
 
 def test_a_broken_cross_reference_table_is_survived() -> None:
-    data = small_pdf().bytes()
+    data = small_pdf().build()
     start = data.rindex(b"startxref")
     assert read(data[:start] + b"startxref\n99999\n%%EOF\n").pages[2].text == "Third page"
 
@@ -136,7 +136,7 @@ def pages_object(count: int, kids: str = "3 0 R") -> dict[int, bytes]:
     "data",
     [
         b"%PDF-1.4\n" + b"\0\1\2 not a pdf at all" * 200,
-        small_pdf().bytes()[:300],
+        small_pdf().build()[:300],
         pdfs.raw_pdf(pages_object(2_000_000_000)),
         pdfs.raw_pdf(pages_object(-5)),
         pdfs.raw_pdf(pages_object(0, "")),
@@ -169,7 +169,7 @@ def test_a_bomb_meets_the_memory_limit_of_the_worker_only() -> None:
 def test_an_outline_that_bites_its_tail_ends() -> None:
     made = small_pdf()
     made.outline = [(0, "a", 0), (0, "b", 1)]
-    data = made.bytes()
+    data = made.build()
     loop = data.replace(b"/Prev", b"/Next")  # b's next entry is now a
     found = read(loop)
     assert {e.title for e in found.outline} == {"a", "b"}
@@ -178,7 +178,7 @@ def test_an_outline_that_bites_its_tail_ends() -> None:
 
 def test_characters_over_the_limit_name_the_page() -> None:
     with pytest.raises(DocumentError, match=r"p\. 2") as caught:
-        read(small_pdf().bytes(), limits=Limits(characters=60))
+        read(small_pdf().build(), limits=Limits(characters=50))
     assert "--pages 1-1" in caught.value.hint
 
 
@@ -210,7 +210,7 @@ def test_a_page_that_kills_the_worker_is_given_up_alone(
         say(end=True)
         """,
     )
-    found = read(small_pdf().bytes())
+    found = read(small_pdf().build())
     assert [p.text for p in found.pages] == ["text of page 1", "", "text of page 3"]
     assert found.unread == (2,) and "crash" in found.warnings[0]
 
@@ -229,7 +229,7 @@ def test_a_page_that_hangs_is_given_up_after_its_time(
         say(end=True)
         """,
     )
-    found = read(small_pdf().bytes(), limits=Limits(page_seconds=0.5))
+    found = read(small_pdf().build(), limits=Limits(page_seconds=0.5))
     assert found.unread == (1,) and "0.5 s" in found.warnings[0]
 
 
@@ -249,14 +249,14 @@ def test_a_worker_taken_over_by_a_file_cannot_hurt_the_caller(
 ) -> None:
     stub_worker(tmp_path, monkeypatch, body)
     with pytest.raises(DocumentError):
-        read(small_pdf().bytes(), limits=Limits(page_seconds=5))
+        read(small_pdf().build(), limits=Limits(page_seconds=5))
 
 
 def test_cancel_ends_the_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stub_worker(tmp_path, monkeypatch, "time.sleep(60)")
     started = time.monotonic()
     with pytest.raises(CancelledError):
-        read(small_pdf().bytes(), cancel=lambda: time.monotonic() - started > 0.3)
+        read(small_pdf().build(), cancel=lambda: time.monotonic() - started > 0.3)
     assert time.monotonic() - started < 5
 
 
