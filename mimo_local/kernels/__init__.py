@@ -1,0 +1,330 @@
+"""The native kernel library: find it, load it, call it, say what was wrong with a call.
+
+Knows addresses, sizes and status codes; nothing of tensors, formats or files. `quant.formats`
+calls it and keeps a torch twin for machines where `get()` is None. Calls release the GIL and block
+until their work is done.
+`src/mimo.h` is the contract of every entry: layouts, alignment, and what a result depends on.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.resources
+import os
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Final
+
+from mimo_local.errors import NativeError
+
+ABI_VERSION: Final = 1
+BLOCK: Final = 64
+"""Weights along a row that share one NF4 scale."""
+MAX_THREADS: Final = 256
+LIBRARY: Final = "libmimo_kernels.so"
+REFERENCE: Final = "reference (slow)"
+
+_CLAMPED: Final = 1
+_REFUSED: Final = -1
+_NOT_FINITE: Final = -3
+_FAILURES: Final = {-2: "no memory for its work area", -4: "an internal failure"}
+_REPORT: Final = "This is a bug in mimo-local: please report it with this message."
+_REINSTALL: Final = (
+    "Install a C++ compiler (g++ 12 or clang 14, or newer), then install mimo-local again."
+)
+
+_I32, _I64, _PTR = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
+_PRODUCT: Final = [_PTR, _PTR, _I64, _I64, _PTR, _PTR, _I64, _I64, _PTR, _I64]
+_QUANTIZE: Final = [_PTR, _PTR, _I64, _I64, _PTR, _PTR, _I32, _PTR]
+_DEQUANTIZE: Final = [_PTR, _PTR, _PTR, _I64, _I64, _PTR]
+_SIGNATURES: Final = {
+    "mimo_abi_version": (_I32, []),
+    "mimo_get_table": (_PTR, [ctypes.c_char_p]),
+    "mimo_table_name": (ctypes.c_char_p, [_PTR]),
+    "mimo_isa_note": (ctypes.c_char_p, []),
+    "mimo_threads": (_I32, []),
+    "mimo_default_threads": (_I32, []),
+    "mimo_set_threads": (_I32, [_I32]),
+    "mimo_nf4_matmul": (_I32, _PRODUCT),
+    "mimo_int8_matmul": (_I32, _PRODUCT),
+    "mimo_bf16_matmul": (_I32, [*_PRODUCT[:5], *_PRODUCT[6:]]),
+    "mimo_nf4_quantize": (_I32, _QUANTIZE),
+    "mimo_int8_quantize": (_I32, _QUANTIZE),
+    "mimo_nf4_dequantize": (_I32, _DEQUANTIZE),
+    "mimo_int8_dequantize": (_I32, _DEQUANTIZE),
+    "mimo_crc32": (ctypes.c_uint32, [_PTR, ctypes.c_size_t, ctypes.c_uint32]),
+}
+
+
+class Kernels:
+    """The library bound to one instruction set.
+
+    Every `*_ptr` is the address of contiguous host memory, sizes are in elements. Wrong arguments
+    raise NativeError before anything is read or written; that the memory is as large as the shapes
+    say cannot be checked here.
+    """
+
+    def __init__(self, library: ctypes.CDLL, path: Path, isa: str | None = None) -> None:
+        table = library.mimo_get_table(None if isa is None else isa.encode())
+        if not table:
+            raise NativeError(
+                f"the kernels have no {isa!r} table for this CPU",
+                hint=f"This CPU can run: {', '.join(_tables(library))}.",
+            )
+        self._library = library
+        self._table = table
+        self.path = path
+        self.isa: str = library.mimo_table_name(table).decode()
+
+    @property
+    def isas(self) -> tuple[str, ...]:
+        """Instruction sets this CPU can run, slowest first, whatever MIMO_ISA says."""
+        return _tables(self._library)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """One sentence for each of MIMO_ISA and MIMO_THREADS that could not be obeyed."""
+        isa_note: str = self._library.mimo_isa_note().decode(errors="replace")
+        return tuple(note for note in (isa_note, _wished_threads()[1]) if note)
+
+    @property
+    def threads(self) -> int:
+        """Threads one call may use, the caller's included."""
+        return int(self._library.mimo_threads())
+
+    @property
+    def default_threads(self) -> int:
+        """Physical cores this process may use, cut down to its cgroup's CPU quota."""
+        return int(self._library.mimo_default_threads())
+
+    def set_threads(self, n: int) -> None:
+        """Use `n` threads, 1..256, from now on in the whole process."""
+        if not 1 <= n <= MAX_THREADS:
+            raise NativeError(
+                f"{n} threads asked of the kernels", hint=f"Choose 1 to {MAX_THREADS} threads."
+            )
+        if self._library.mimo_set_threads(n) != 0:
+            raise NativeError(f"the kernels could not switch to {n} threads", hint=_REPORT)
+
+    def with_isa(self, isa: str) -> Kernels:
+        """The library bound to "scalar", "avx2" or "avx512"; NativeError if this CPU lacks it."""
+        return Kernels(self._library, self.path, isa)
+
+    # Products: y (T, N) f32 = x (T, K) f32 @ W (N, K)^T; ldx, ldy = elements from row to row.
+
+    def nf4_matmul(
+        self,
+        x_ptr: int,
+        ldx: int,
+        T: int,
+        codes_ptr: int,
+        scales_ptr: int,
+        N: int,
+        K: int,
+        y_ptr: int,
+        ldy: int,
+    ) -> None:
+        """W: codes uint8 (N, K/2), element 2i in the high nibble; scales float16 (N, K/64)."""
+        status = self._library.mimo_nf4_matmul(
+            self._table, x_ptr, ldx, T, codes_ptr, scales_ptr, N, K, y_ptr, ldy
+        )
+        if status:
+            raise _error("nf4_matmul", status, locals())
+
+    def int8_matmul(
+        self,
+        x_ptr: int,
+        ldx: int,
+        T: int,
+        codes_ptr: int,
+        scales_ptr: int,
+        N: int,
+        K: int,
+        y_ptr: int,
+        ldy: int,
+    ) -> None:
+        """W: codes int8 (N, K), scales float32 (N,)."""
+        status = self._library.mimo_int8_matmul(
+            self._table, x_ptr, ldx, T, codes_ptr, scales_ptr, N, K, y_ptr, ldy
+        )
+        if status:
+            raise _error("int8_matmul", status, locals())
+
+    def bf16_matmul(
+        self, x_ptr: int, ldx: int, T: int, weight_ptr: int, N: int, K: int, y_ptr: int, ldy: int
+    ) -> None:
+        """W: bfloat16 (N, K)."""
+        status = self._library.mimo_bf16_matmul(
+            self._table, x_ptr, ldx, T, weight_ptr, N, K, y_ptr, ldy
+        )
+        if status:
+            raise _error("bf16_matmul", status, locals())
+
+    # Quantisers: w (N, K) f32 -> codes, scales as above. `search` tries several scales and keeps
+    # the one with the least squared error. NaN or infinity in w: a NativeError that names the row.
+
+    def nf4_quantize(
+        self, w_ptr: int, N: int, K: int, codes_ptr: int, scales_ptr: int, search: bool
+    ) -> int:
+        """Returns how many blocks had a weight beyond float16's range and were clamped to it."""
+        info = _I64(0)
+        status = self._library.mimo_nf4_quantize(
+            self._table, w_ptr, N, K, codes_ptr, scales_ptr, search, ctypes.byref(info)
+        )
+        if status not in (0, _CLAMPED):
+            raise _error("nf4_quantize", status, locals())
+        return info.value
+
+    def int8_quantize(
+        self, w_ptr: int, N: int, K: int, codes_ptr: int, scales_ptr: int, search: bool
+    ) -> None:
+        """One float32 scale per row; codes within -127..127."""
+        info = _I64(0)
+        status = self._library.mimo_int8_quantize(
+            self._table, w_ptr, N, K, codes_ptr, scales_ptr, search, ctypes.byref(info)
+        )
+        if status:
+            raise _error("int8_quantize", status, locals())
+
+    def nf4_dequantize(self, codes_ptr: int, scales_ptr: int, N: int, K: int, out_ptr: int) -> None:
+        """-> out (N, K) float32."""
+        status = self._library.mimo_nf4_dequantize(
+            self._table, codes_ptr, scales_ptr, N, K, out_ptr
+        )
+        if status:
+            raise _error("nf4_dequantize", status, locals())
+
+    def int8_dequantize(
+        self, codes_ptr: int, scales_ptr: int, N: int, K: int, out_ptr: int
+    ) -> None:
+        """-> out (N, K) float32."""
+        status = self._library.mimo_int8_dequantize(
+            self._table, codes_ptr, scales_ptr, N, K, out_ptr
+        )
+        if status:
+            raise _error("int8_dequantize", status, locals())
+
+    def crc32(self, ptr: int, n: int, seed: int = 0) -> int:
+        """zlib.crc32 of `n` bytes; `seed` is the value of the bytes before them."""
+        if n < 0 or (n > 0 and not ptr):
+            raise _error("crc32", _REFUSED, {"ptr": ptr, "n": n})
+        return int(self._library.mimo_crc32(ptr, n, seed))
+
+
+def get() -> Kernels | None:
+    """The library with this CPU's best table (MIMO_ISA may lower it), cached; None if it is absent."""
+    return _load()[0]
+
+
+def why_unavailable() -> str:
+    """Why get() is None, in one sentence with the next step; "" when it is not."""
+    return _load()[1]
+
+
+def describe() -> str:
+    """ "avx512", "avx2", "scalar", or "reference (slow)" without the library."""
+    kernels = get()
+    return REFERENCE if kernels is None else kernels.isa
+
+
+@cache
+def _load() -> tuple[Kernels | None, str]:
+    wish = os.environ.get("MIMO_KERNELS", "").strip().lower()
+    if wish in ("off", "0", "no", "false"):
+        return None, f"The native kernels are switched off by MIMO_KERNELS={wish}."
+    reasons = []
+    for path in _candidates():
+        try:
+            kernels = Kernels(_open(path), path)
+        except NativeError as error:
+            reasons.append(f"{error.message}. {error.hint}")
+            continue
+        threads = _wished_threads()[0]
+        if threads is not None:
+            kernels.set_threads(threads)
+        return kernels, ""
+    return None, reasons[0] if reasons else f"{LIBRARY} is not installed. {_REINSTALL}"
+
+
+def _candidates() -> Iterator[Path]:
+    """Beside this file, elsewhere in the package (editable installs), among its resources."""
+    folders = [Path(__file__).parent, *map(Path, __path__)]
+    resource = importlib.resources.files(__name__)
+    if isinstance(resource, Path):
+        folders.append(resource)
+    for folder in dict.fromkeys(folders):
+        path = folder / LIBRARY
+        if path.is_file():
+            yield path
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    """Loads the library and checks that it speaks this file's ABI."""
+    try:
+        library = ctypes.CDLL(str(path))
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(library, name)
+            function.restype = result
+            function.argtypes = arguments
+            if name == "mimo_abi_version" and (found := function()) != ABI_VERSION:
+                raise NativeError(
+                    f"{path} has ABI version {found}, this mimo-local needs {ABI_VERSION}",
+                    hint="Install mimo-local again: the library is of another version.",
+                )
+    except (OSError, AttributeError) as error:
+        raise NativeError(f"{path} cannot be loaded: {error}", hint=_REINSTALL) from error
+    return library
+
+
+def _tables(library: ctypes.CDLL) -> tuple[str, ...]:
+    names = ("scalar", "avx2", "avx512")
+    return tuple(name for name in names if library.mimo_get_table(name.encode()))
+
+
+def _wished_threads() -> tuple[int | None, str]:
+    """MIMO_THREADS as a number, and a note if it is not one."""
+    wish = os.environ.get("MIMO_THREADS", "").strip()
+    if not wish:
+        return None, ""
+    if wish.isdecimal() and 1 <= int(wish) <= MAX_THREADS:
+        return int(wish), ""
+    return None, f"MIMO_THREADS={wish[:32]} is not a number from 1 to {MAX_THREADS}; ignored"
+
+
+def _error(name: str, status: int, arguments: dict[str, object]) -> NativeError:
+    """The error for a status: for refused arguments, the first one that cannot be right."""
+    given = {k: v for k, v in arguments.items() if isinstance(v, int) or v is None}
+    if status == _NOT_FINITE:
+        info = arguments["info"]
+        row = info.value if isinstance(info, _I64) else -1
+        return NativeError(
+            f"{name}: row {row} of {given['N']} holds NaN or infinity",
+            hint="The source checkpoint is damaged: check its download (sizes, checksums).",
+        )
+    if status == _REFUSED:
+        return NativeError(f"{name}: {_culprit(name, given)}", hint=_REPORT)
+    reason = _FAILURES.get(status, f"status {status}")
+    return NativeError(f"{name}: the kernel library reports {reason}", hint=_REPORT)
+
+
+def _culprit(name: str, given: dict[str, int | None]) -> str:
+    wide_scales = not name.startswith("nf4")
+    for key, value in given.items():
+        if key.endswith("ptr"):
+            one_byte = key == "codes_ptr" or key == "ptr"
+            two_bytes = key == "weight_ptr" or (key == "scales_ptr" and not wide_scales)
+            size = 1 if one_byte else 2 if two_bytes else 4
+            if not value:
+                return f"{key} is null"
+            if value % size:
+                return f"{key}={value:#x} is not aligned to {size} bytes"
+        elif value is not None and value < (1 if key == "K" else 0) and key in "T N K n":
+            return f"{key}={value} is out of range"
+    K = given.get("K") or 0
+    if name.startswith("nf4") and K % BLOCK:
+        return f"K={K} is not a multiple of {BLOCK}"
+    for key, least in (("ldx", K), ("ldy", given.get("N") or 0)):
+        if (value := given.get(key)) is not None and value < least:
+            return f"{key}={value} is less than a row of {least}"
+    return "sizes beyond the address space: " + ", ".join(f"{k}={v}" for k, v in given.items())

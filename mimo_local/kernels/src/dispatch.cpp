@@ -1,0 +1,139 @@
+// Which instruction set to use: asks the CPU and the operating system once. MIMO_ISA may lower the choice, never raise it.
+// Baseline code only.
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+
+#include "internal.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace mimo {
+namespace {
+
+enum Level : int { kScalar = 0, kAvx2 = 1, kAvx512 = 2 };
+constexpr const char *kNames[] = {"scalar", "avx2", "avx512"};
+
+#if defined(__x86_64__)
+
+// XCR0: which registers the operating system saves on a context switch. Without its bits the instructions fault.
+std::uint64_t saved_state() noexcept {
+  std::uint32_t low = 0;
+  std::uint32_t high = 0;
+  asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return static_cast<std::uint64_t>(high) << 32 | low;
+}
+
+Level detect() noexcept {
+  std::uint32_t a = 0;
+  std::uint32_t b = 0;
+  std::uint32_t c = 0;
+  std::uint32_t d = 0;
+  if (__get_cpuid(1, &a, &b, &c, &d) == 0) return kScalar;
+  constexpr std::uint32_t kFma = 1U << 12;
+  constexpr std::uint32_t kOsXsave = 1U << 27;
+  constexpr std::uint32_t kAvx = 1U << 28;
+  constexpr std::uint32_t kF16c = 1U << 29;
+  constexpr std::uint32_t kFirst = kFma | kOsXsave | kAvx | kF16c;
+  if ((c & kFirst) != kFirst) return kScalar;
+  const std::uint64_t state = saved_state();
+  constexpr std::uint64_t kYmm = 0x6;      // XMM and upper halves of YMM
+  constexpr std::uint64_t kZmm = 0xE6;     // and mask registers, upper halves of ZMM, ZMM16..31
+  if ((state & kYmm) != kYmm) return kScalar;
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return kScalar;
+  constexpr std::uint32_t kAvx2Bit = 1U << 5;
+  if ((b & kAvx2Bit) == 0) return kScalar;
+  constexpr std::uint32_t kF = 1U << 16;
+  constexpr std::uint32_t kDq = 1U << 17;
+  constexpr std::uint32_t kBw = 1U << 30;
+  constexpr std::uint32_t kVl = 1U << 31;
+  constexpr std::uint32_t k512 = kF | kDq | kBw | kVl;
+  if ((b & k512) != k512 || (state & kZmm) != kZmm) return kAvx2;
+  return kAvx512;
+}
+
+#else
+
+Level detect() noexcept { return kScalar; }
+
+#endif
+
+struct Choice {
+  Level best;
+  Level used;
+  std::string note;
+};
+
+int level_of(const char *name) noexcept {
+  for (int i = 0; i < 3; ++i) {
+    if (std::strcmp(name, kNames[i]) == 0) return i;
+  }
+  return -1;
+}
+
+Choice choose() {
+  Choice choice{detect(), kScalar, {}};
+  choice.used = choice.best;
+  const char *wish = std::getenv("MIMO_ISA");
+  if (wish == nullptr || *wish == '\0') return choice;
+  const std::string wished = std::string(wish).substr(0, 32);
+  const int level = level_of(wish);
+  if (level < 0) {
+    choice.note = "MIMO_ISA=" + wished + " is none of scalar, avx2, avx512; using " + kNames[choice.best];
+  } else if (level > choice.best) {
+    choice.note = "MIMO_ISA=" + wished + " is more than this CPU has; using " + kNames[choice.best];
+  } else {
+    choice.used = static_cast<Level>(level);
+  }
+  return choice;
+}
+
+const Choice &chosen() {
+  static const Choice choice = choose();
+  return choice;
+}
+
+const mimo_table *table_of(Level level) noexcept {
+  switch (level) {
+    case kAvx512:
+      return avx512_table();
+    case kAvx2:
+      return avx2_table();
+    default:
+      return scalar_table();
+  }
+}
+
+}  // namespace
+}  // namespace mimo
+
+extern "C" {
+
+int32_t mimo_abi_version(void) noexcept { return MIMO_ABI_VERSION; }
+
+const mimo_table *mimo_get_table(const char *name) noexcept {
+  try {
+    const mimo::Choice &choice = mimo::chosen();
+    if (name == nullptr) return mimo::table_of(choice.used);
+    const int level = mimo::level_of(name);
+    if (level < 0 || level > choice.best) return nullptr;
+    return mimo::table_of(static_cast<mimo::Level>(level));
+  } catch (...) {
+    return nullptr;
+  }
+}
+
+const char *mimo_table_name(const mimo_table *table) noexcept { return table == nullptr ? "" : table->name; }
+
+const char *mimo_isa_note(void) noexcept {
+  try {
+    return mimo::chosen().note.c_str();
+  } catch (...) {
+    return "";
+  }
+}
+
+}  // extern "C"

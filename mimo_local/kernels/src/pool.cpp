@@ -1,0 +1,372 @@
+// The threads: how many this process should use, and a pool that hands out ranges of work. No SIMD here.
+//
+// A job is published by opening `state_`; workers that come in time enter by counting themselves into it, the caller
+// works too, closes the job when no work is left, and waits only for those who entered. A worker that wakes late, or
+// that the scheduler keeps away, is never waited for. Idle workers spin for some microseconds, because the next matrix
+// of a layer usually comes at once, and then sleep, because spinning steals the cores from everyone else.
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <fstream>
+#include <memory>
+#include <mutex>
+#include <set>
+#include <sstream>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "internal.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace mimo {
+namespace {
+
+constexpr int kMostThreads = 256;
+constexpr int kSpins = 400;  // pauses before sleeping: 5 to 20 microseconds, depending on the CPU
+
+void pause() noexcept {
+#if defined(__x86_64__)
+  _mm_pause();
+#else
+  std::this_thread::yield();
+#endif
+}
+
+// ---- how many threads -----------------------------------------------------------------------------------------------
+
+std::string first_line(const std::string &path) {
+  std::ifstream file(path);
+  std::string line;
+  std::getline(file, line);
+  return line;
+}
+
+// CPUs a quota of `quota` microseconds every `period` amounts to; 0 means no limit.
+int quota_cpus(double quota, double period) noexcept {
+  if (!(quota > 0.0) || !(period > 0.0)) return 0;
+  return std::max(1, static_cast<int>(std::min(quota / period, 65536.0)));
+}
+
+int quota_in(const std::string &folder, bool unified) {
+  double quota = 0.0;
+  double period = 0.0;
+  if (unified) {  // "max 100000" or "150000 100000"
+    std::istringstream(first_line(folder + "/cpu.max")) >> quota >> period;
+  } else {  // -1 or microseconds
+    std::istringstream(first_line(folder + "/cpu.cfs_quota_us")) >> quota;
+    std::istringstream(first_line(folder + "/cpu.cfs_period_us")) >> period;
+  }
+  return quota_cpus(quota, period);
+}
+
+// The tightest quota of a group and its ancestors up to the mount point. Inside a container the path may name a group
+// of the host that is not visible here; the mount point itself is then the container's own group.
+int tightest(const std::string &mount, std::string group, bool unified) {
+  int least = quota_in(mount, unified);
+  while (group.size() > 1) {
+    const int here = quota_in(mount + group, unified);
+    if (here > 0 && (least == 0 || here < least)) least = here;
+    group.resize(group.find_last_of('/'));
+  }
+  return least;
+}
+
+// CPUs of the affinity mask, in a set that holds machines of any size.
+std::vector<int> allowed_cpus() {
+  std::vector<int> cpus;
+  for (int bits = 1024; bits <= 1 << 18; bits *= 2) {
+    std::unique_ptr<cpu_set_t, void (*)(cpu_set_t *)> set(CPU_ALLOC(bits), [](cpu_set_t *s) { CPU_FREE(s); });
+    const std::size_t size = CPU_ALLOC_SIZE(bits);
+    if (set == nullptr || sched_getaffinity(0, size, set.get()) != 0) continue;
+    for (int cpu = 0; cpu < bits; ++cpu) {
+      if (CPU_ISSET_S(cpu, size, set.get())) cpus.push_back(cpu);
+    }
+    break;
+  }
+  return cpus;
+}
+
+// One CPU of each physical core of the mask: SMT siblings share the units these kernels keep busy.
+std::vector<int> one_cpu_per_core(const std::vector<int> &cpus) {
+  std::set<std::pair<std::string, std::string>> seen;
+  std::vector<int> first;
+  for (const int cpu : cpus) {
+    const std::string topology = "/sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/topology/";
+    std::string core = first_line(topology + "core_id");
+    if (core.empty()) core = "cpu" + std::to_string(cpu);  // no sysfs: count every CPU
+    if (seen.emplace(first_line(topology + "physical_package_id"), core).second) first.push_back(cpu);
+  }
+  return first;
+}
+
+// ---- the pool -------------------------------------------------------------------------------------------------------
+
+// Rounding mode and denormal handling are per-thread settings a host program may have changed; results may not depend
+// on which thread computes a row.
+class PlainFloats {
+ public:
+#if defined(__x86_64__)
+  PlainFloats() noexcept : saved_(_mm_getcsr()) { _mm_setcsr(0x1F80); }
+  ~PlainFloats() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#else
+  PlainFloats() noexcept {}
+  ~PlainFloats() {}
+#endif
+
+ public:
+  PlainFloats(const PlainFloats &) = delete;
+  PlainFloats &operator=(const PlainFloats &) = delete;
+};
+
+class Pool {
+ public:
+  explicit Pool(int threads) noexcept : threads_(threads) {}
+
+  void run(std::int64_t n, std::int64_t grain, Range fn, void *context) {
+    const std::lock_guard<std::mutex> turn(turn_);
+    if (!started_) start();
+    fn_ = fn;
+    context_ = context;
+    n_ = n;
+    grain_ = grain;
+    next_.store(0, std::memory_order_relaxed);
+    const std::uint32_t before = state_.load(std::memory_order_relaxed);
+    state_.store(((before & kTurns) + kTurn) | kOpen, std::memory_order_seq_cst);
+    turns_.fetch_add(1, std::memory_order_seq_cst);
+    turns_.notify_all();
+    work();
+    std::uint32_t state = state_.fetch_and(~kOpen, std::memory_order_acq_rel) & ~kOpen;
+    for (int i = 0; (state & kInside) != 0; ++i) {
+      if (i < kSpins) {
+        pause();
+      } else {
+        state_.wait(state, std::memory_order_acquire);
+      }
+      state = state_.load(std::memory_order_acquire);
+    }
+  }
+
+  int threads() noexcept { return threads_.load(std::memory_order_relaxed); }
+
+  void set_threads(int n) {
+    const std::lock_guard<std::mutex> turn(turn_);
+    stop();
+    threads_.store(n, std::memory_order_relaxed);
+  }
+
+  // Around fork(): no job may be half done in the child's copy of memory.
+  void hold() { turn_.lock(); }
+  void release() { turn_.unlock(); }
+
+ private:
+  static constexpr std::uint32_t kInside = 0x7FFF;  // workers in the job
+  static constexpr std::uint32_t kOpen = 0x8000;    // more may enter
+  static constexpr std::uint32_t kTurn = 0x10000;   // number of the job, wrapping
+  static constexpr std::uint32_t kTurns = 0xFFFF0000;
+
+  void work() noexcept {
+    const PlainFloats plain;
+    for (;;) {
+      const std::int64_t begin = next_.fetch_add(grain_, std::memory_order_relaxed);
+      if (begin >= n_) return;
+      fn_(context_, begin, std::min(n_, begin + grain_));
+    }
+  }
+
+  bool enter() noexcept {
+    std::uint32_t state = state_.load(std::memory_order_acquire);
+    while ((state & kOpen) != 0) {
+      if (state_.compare_exchange_weak(state, state + 1, std::memory_order_acq_rel)) return true;
+    }
+    return false;
+  }
+
+  void leave() noexcept {
+    const std::uint32_t before = state_.fetch_sub(1, std::memory_order_acq_rel);
+    if ((before & kOpen) == 0 && (before & kInside) == 1) state_.notify_one();
+  }
+
+  void serve(std::uint32_t seen) noexcept {
+    for (;;) {
+      for (int i = 0; i < kSpins && turns_.load(std::memory_order_acquire) == seen; ++i) pause();
+      turns_.wait(seen, std::memory_order_acquire);
+      seen = turns_.load(std::memory_order_acquire);
+      if (stopping_.load(std::memory_order_acquire)) return;
+      if (enter()) {
+        work();
+        leave();
+      }
+    }
+  }
+
+  // Starts as many workers as the system grants; the caller is always one more.
+  void start() noexcept {
+    started_ = true;
+    stopping_.store(false, std::memory_order_relaxed);
+    const int wanted = threads_.load(std::memory_order_relaxed) - 1;
+    if (wanted < 1) return;
+    // Signals belong to the program's own threads.
+    sigset_t all;
+    sigset_t before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    try {
+      const std::vector<int> homes = pinned_homes(wanted + 1);
+      const std::uint32_t seen = turns_.load(std::memory_order_relaxed);
+      for (int i = 0; i < wanted; ++i) {
+        workers_.emplace_back([this, seen] { serve(seen); });
+        const std::string name = "mimo-kernel-" + std::to_string(i + 1);
+        pthread_setname_np(workers_.back().native_handle(), name.substr(0, 15).c_str());
+        if (!homes.empty()) pin(workers_.back(), homes[static_cast<std::size_t>(i) + 1]);
+      }
+    } catch (...) {  // no more threads to be had: the ones there are do the work
+    }
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  }
+
+  void stop() {
+    stopping_.store(true, std::memory_order_release);
+    turns_.fetch_add(1, std::memory_order_seq_cst);
+    turns_.notify_all();
+    for (std::thread &worker : workers_) worker.join();
+    workers_.clear();
+    started_ = false;
+  }
+
+  // Cores to pin to, or none. Pinning is only fair where the process has the whole machine and uses all its cores:
+  // otherwise two processes would sit on the same few cores while others idle.
+  static std::vector<int> pinned_homes(int threads) {
+    const std::vector<int> allowed = allowed_cpus();
+    const long online = sysconf(_SC_NPROCESSORS_ONLN);
+    std::vector<int> homes = one_cpu_per_core(allowed);
+    const bool whole = static_cast<long>(allowed.size()) == online && cgroup_cpu_limit("") == 0;
+    if (!whole || static_cast<int>(homes.size()) != threads) homes.clear();
+    return homes;
+  }
+
+  static void pin(std::thread &worker, int cpu) noexcept {
+    if (cpu >= CPU_SETSIZE) return;
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    CPU_SET(cpu, &set);
+    pthread_setaffinity_np(worker.native_handle(), sizeof set, &set);
+  }
+
+  std::mutex turn_;  // one job at a time
+  bool started_ = false;
+  std::vector<std::thread> workers_;
+  std::atomic<int> threads_;
+  std::atomic<bool> stopping_{false};
+  Range fn_ = nullptr;
+  void *context_ = nullptr;
+  std::int64_t n_ = 0;
+  std::int64_t grain_ = 1;
+  alignas(64) std::atomic<std::int64_t> next_{0};
+  alignas(64) std::atomic<std::uint32_t> state_{0};
+  alignas(64) std::atomic<std::uint32_t> turns_{0};
+};
+
+// Never destroyed: workers may still sleep in it when the process exits.
+std::atomic<Pool *> the_pool{nullptr};
+
+void before_fork() { the_pool.load()->hold(); }
+void after_fork_in_parent() { the_pool.load()->release(); }
+// The child has only the thread that forked. It leaves the old pool, whose threads do not exist here, and gets its own.
+void after_fork_in_child() { the_pool.store(new Pool(the_pool.load()->threads())); }
+
+Pool &pool() {
+  static std::once_flag once;
+  std::call_once(once, [] {
+    the_pool.store(new Pool(mimo_default_threads()));
+    pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child);
+  });
+  return *the_pool.load(std::memory_order_acquire);
+}
+
+}  // namespace
+
+// The cgroup quota (v1 or v2) in whole CPUs, at least 1; 0 without a quota. `root` is put before every path.
+int cgroup_cpu_limit(const char *root) noexcept {
+  try {
+    const std::string base = root;
+    std::ifstream groups(base + "/proc/self/cgroup");
+    int least = 0;
+    for (std::string line; std::getline(groups, line);) {  // "4:cpu,cpuacct:/some/group", v2: "0::/some/group"
+      const std::size_t first = line.find(':');
+      const std::size_t second = first == std::string::npos ? first : line.find(':', first + 1);
+      if (second == std::string::npos) continue;
+      const std::string controllers = line.substr(first + 1, second - first - 1);
+      const std::string group = line.substr(second + 1);
+      const bool unified = controllers.empty();
+      if (!unified && ("," + controllers + ",").find(",cpu,") == std::string::npos) continue;
+      const std::string mount = base + "/sys/fs/cgroup" + (unified ? "" : "/" + controllers);
+      const int limit = tightest(mount, group, unified);
+      if (limit > 0 && (least == 0 || limit < least)) least = limit;
+    }
+    return least;
+  } catch (...) {
+    return 0;
+  }
+}
+
+int usable_cores() noexcept {
+  try {
+    return std::max(1, static_cast<int>(one_cpu_per_core(allowed_cpus()).size()));
+  } catch (...) {
+    return 1;
+  }
+}
+
+void parallel_for(std::int64_t n, std::int64_t grain, Range fn, void *context) {
+  if (n <= grain || mimo_threads() <= 1) {
+    const PlainFloats plain;
+    if (n > 0) fn(context, 0, n);
+    return;
+  }
+  pool().run(n, grain, fn, context);
+}
+
+}  // namespace mimo
+
+extern "C" {
+
+int32_t mimo_default_threads(void) noexcept {
+  const int cores = mimo::usable_cores();
+  const int limit = mimo::cgroup_cpu_limit("");
+  return std::min(mimo::kMostThreads, limit > 0 ? std::min(cores, limit) : cores);
+}
+
+int32_t mimo_threads(void) noexcept {
+  try {
+    return mimo::pool().threads();
+  } catch (...) {
+    return 1;
+  }
+}
+
+int32_t mimo_set_threads(int32_t n) noexcept {
+  if (n < 1 || n > mimo::kMostThreads) return MIMO_E_ARGUMENT;
+  try {
+    mimo::pool().set_threads(n);
+    return MIMO_OK;
+  } catch (...) {
+    return MIMO_E_INTERNAL;
+  }
+}
+
+}  // extern "C"
