@@ -12,8 +12,8 @@ import torch.nn.functional as F
 
 from mimo_local.config import ModelConfig
 
-# Up to this many rows every row is computed alone, so its bits do not depend on its company: a draft
-# of a few tokens must be judged by the numbers one token at a time would give.
+# Up to this many rows every row is computed alone, so its bits do not depend on its company: a
+# draft of a few tokens must be judged by the numbers one token at a time would give.
 EXACT_ROWS = 16
 # Float32 scores held at once (H x queries x keys): 64 MiB.
 _SCORES = 1 << 24
@@ -29,7 +29,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x (T, D), weight (N, D) float32 -> (T, N); few rows go one by one, see EXACT_ROWS."""
     if 1 < x.shape[0] <= EXACT_ROWS:
-        return torch.cat([F.linear(row, weight) for row in x.split(1)])
+        return torch.cat([F.linear(x[i : i + 1], weight) for i in range(x.shape[0])])
     return F.linear(x, weight)
 
 
@@ -119,9 +119,9 @@ def attention(
 ) -> torch.Tensor:
     """Causal attention of one sequence: q (T, H, dk), k (S, G, dk), v (S, G, dv) -> (T, H * dv).
 
-    Row t of q is position `start` + t, row s of k position `first` + s; a query sees keys at its own
-    and earlier positions, at most `window` of them. `sink` (H,) joins the softmax's denominator and
-    contributes no value. Query head a uses key/value head a // (H / G). k, v of any float dtype.
+    Row t of q is position `start` + t, row s of k position `first` + s; a query sees keys at its
+    own and earlier positions, at most `window` of them. `sink` (H,) joins the softmax's denominator
+    and contributes no value. Query head a uses key/value head a // (H / G). k, v: any float dtype.
     """
     n_rows, n_heads, n_keys = q.shape[0], q.shape[1], k.shape[0]
     if n_rows == 1:
@@ -134,7 +134,7 @@ def attention(
     elif window is None:
         block = max(1, _SCORES // (n_heads * n_keys))
     else:
-        # Blocks of about a window see twice a window of keys: fewer would waste less but run slower.
+        # Blocks of about a window see twice a window of keys: less waste would be slower products.
         block = max(1, min(max(window, _MIN_BLOCK), _SCORES // (n_heads * 2 * window)))
     out = []
     for a in range(0, n_rows, block):

@@ -1,0 +1,100 @@
+"""ExpertStore: runs the chosen experts of one layer, each expert's bytes read once per step.
+
+Knows which expert lies where (for now: all of them in RAM) and in which order to run them; knows no
+routing and no attention. Built by `engine` and `api`, called by `model` once per mixture layer.
+"""
+
+from __future__ import annotations
+
+import psutil
+import torch
+import torch.nn.functional as F
+
+from mimo_local import hardware
+from mimo_local.errors import NotEnoughMemoryError
+from mimo_local.events import Progress
+from mimo_local.weights import Expert, OnProgress, Weights
+
+
+class RamTier:
+    """Experts held in memory, by (layer, expert)."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, list[Expert]] = {}
+        self.nbytes = 0
+
+    def put(self, layer: int, experts: list[Expert]) -> None:
+        """Hold all experts of one layer."""
+        self._held[layer] = experts
+        self.nbytes += sum(expert.nbytes for expert in experts)
+
+    def get(self, layer: int) -> list[Expert]:
+        """The experts of one layer, by index."""
+        return self._held[layer]
+
+
+class ExpertStore:
+    """What the mixture layers see."""
+
+    def __init__(self, weights: Weights, *, on_progress: OnProgress | None = None) -> None:
+        """Load every expert into RAM by layers; NotEnoughMemoryError before the first byte."""
+        config = weights.config
+        check_memory(weights.nbytes)
+        self.ram = RamTier()
+        layers = [spec.index for spec in config.layers if spec.mlp == "moe"]
+        total = weights.expert_nbytes if layers else 0
+        for layer in layers:
+            self.ram.put(layer, [weights.expert(layer, e) for e in range(config.n_experts)])
+            if on_progress is not None:
+                on_progress(Progress("loading experts", self.ram.nbytes, total))
+
+    @property
+    def nbytes(self) -> dict[str, int]:
+        """Bytes held, by tier."""
+        return {"ram": self.ram.nbytes}
+
+    def run(self, layer: int, x: torch.Tensor, ids: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        """x (T, D) f32, ids (T, K) int64, w (T, K) f32 -> (T, D) f32: sum over K of w * expert(x).
+
+        A row sums its experts in ascending order, whatever the other rows chose, so its bits do not
+        depend on its company as long as each expert's products do not (T <= 16).
+        """
+        experts = self.ram.get(layer)
+        out = torch.zeros_like(x)
+        chosen = ids.tolist()
+        if len(chosen) == 1:
+            for e, k in sorted(zip(chosen[0], range(ids.shape[1]), strict=True)):
+                out.add_(_ffn(experts[e], x).mul_(w[:, k : k + 1]))
+            return out
+        by_expert: dict[int, list[tuple[int, int]]] = {}
+        for t, row in enumerate(chosen):
+            for k, e in enumerate(row):
+                by_expert.setdefault(e, []).append((t, k))
+        for e in sorted(by_expert):
+            where = torch.tensor(by_expert[e], device=x.device)
+            rows, columns = where[:, 0], where[:, 1]
+            y = _ffn(experts[e], x[rows])
+            out.index_add_(0, rows, y.mul_(w[rows, columns, None]))
+        return out
+
+
+def _ffn(expert: Expert, x: torch.Tensor) -> torch.Tensor:
+    """x (T, D) -> down(silu(gate x) * up x) (T, D)."""
+    return expert.down(F.silu(expert.gate(x), inplace=True).mul_(expert.up(x)))
+
+
+def available_memory() -> int:
+    """Bytes this process may still take: the machine's, or its cgroup's if that is less."""
+    return min(int(psutil.virtual_memory().available), hardware.cgroup_memory()[1])
+
+
+def check_memory(nbytes: int) -> None:
+    """Refuse to load `nbytes` that do not fit; raises NotEnoughMemoryError."""
+    free = available_memory()
+    if nbytes > free:
+        raise NotEnoughMemoryError(
+            f"the model takes {nbytes / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free: "
+            f"{(nbytes - free) / 1e9:.1f} GB are missing",
+            hint="close other programs, choose a smaller format (`mimo quantize --format nf4`), "
+            "or see `mimo plan`",
+        )
