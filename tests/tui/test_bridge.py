@@ -1,0 +1,290 @@
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+from fakes import FakeEngine
+from hypothesis import given
+from hypothesis import strategies as st
+from stage import SlowReader, chunks
+from textual.message import Message as TextualMessage
+
+from mimo_local.chat import PRESETS, Chat, Message
+from mimo_local.errors import ContextOverflowError
+from mimo_local.events import Progress
+from tui.bridge import JOIN_S, Bridge, ChatDefaults, Joiner, Meter
+from tui.messages import (
+    AnswerDelta,
+    AnswerDone,
+    AnswerFailed,
+    Loading,
+    LoadFailed,
+    Pace,
+    Reading,
+    Ready,
+    TextPiece,
+)
+
+
+class Clock:
+    """A clock and a timer that only move when told to."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.due: list[tuple[float, Callable[[], None]]] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def later(self, seconds: float, call: Callable[[], None]) -> None:
+        self.due.append((self.now + seconds, call))
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+        ready = [call for at, call in self.due if at <= self.now + 1e-9]
+        self.due = [d for d in self.due if d[0] > self.now + 1e-9]
+        for call in ready:
+            call()
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["thinking", "answer"]),
+            st.text(min_size=1, max_size=3),
+            st.sampled_from([0.0, 0.01, 0.03, 0.2]),
+        ),
+        max_size=40,
+    )
+)
+def test_joined_is_the_same_text_in_fewer_messages(steps) -> None:
+    clock, sent = Clock(), []
+    joiner = Joiner(lambda m: sent.append((clock.now, m)), clock.later, clock)
+    for i, (kind, text, pause) in enumerate(steps):
+        joiner.add([TextPiece(kind, text)], Pace(tokens=i + 1))
+        clock.advance(pause)
+    joiner.flush()
+    flat = [(p.kind, c) for _, m in sent for p in m.pieces for c in p.text]
+    assert flat == [(kind, c) for kind, text, _ in steps for c in text]
+    assert all(m.pieces and all(p.text for p in m.pieces) for _, m in sent)
+    times = [at for at, _ in sent[:-1]]  # the last one may be the forced flush
+    assert all(b - a >= JOIN_S - 1e-9 for a, b in zip(times, times[1:], strict=False))
+
+
+def test_a_piece_never_waits_longer_than_the_joining_time() -> None:
+    clock, sent = Clock(), []
+    joiner = Joiner(sent.append, clock.later, clock)
+    joiner.add([TextPiece("answer", "a")], Pace())
+    assert len(sent) == 1  # the first piece goes out at once
+    clock.advance(0.01)
+    joiner.add([TextPiece("answer", "b")], Pace())
+    assert len(sent) == 1
+    clock.advance(JOIN_S)  # and nothing else came
+    assert [p.text for m in sent for p in m.pieces] == ["a", "b"]
+
+
+def test_the_meter_counts_tags_as_thinking_and_stops_its_clock_at_the_answer() -> None:
+    clock = Clock()
+    meter = Meter(clock)
+    for kinds in (set(), {"thinking"}, {"thinking"}, {"answer"}, {"answer"}):
+        pace = meter.count(kinds)
+        clock.advance(1.0)
+    assert (pace.tokens, pace.thinking_tokens, pace.thinking_s) == (5, 3, 2.0)
+    assert pace.tokens_per_s == 1.0
+
+
+class Driver:
+    """A bridge whose messages land in a list."""
+
+    def __init__(self, factory, defaults: ChatDefaults | None = None) -> None:
+        self.messages: list[TextualMessage] = []
+        self._timers: list[threading.Timer] = []
+        self.bridge = Bridge(self.messages.append, self._later, factory, defaults or ChatDefaults())
+
+    def _later(self, seconds: float, call: Callable[[], None]) -> None:
+        timer = threading.Timer(seconds, call)
+        self._timers.append(timer)
+        timer.start()
+
+    def wait_for(self, kind: type, timeout_s: float = 5.0) -> TextualMessage:
+        end = time.monotonic() + timeout_s
+        while time.monotonic() < end:
+            for message in self.messages:
+                if isinstance(message, kind):
+                    return message
+            time.sleep(0.005)
+        raise AssertionError(f"no {kind.__name__} among {self.messages}")
+
+    def text(self, kind: str) -> str:
+        deltas = [m for m in self.messages if isinstance(m, AnswerDelta)]
+        return "".join(p.text for m in deltas for p in m.pieces if p.kind == kind)
+
+    def close(self) -> None:
+        self.bridge.close()
+        for timer in self._timers:
+            timer.join(1.0)
+
+
+@pytest.fixture
+def drive():
+    made: list[Driver] = []
+
+    def make(factory, defaults: ChatDefaults | None = None) -> Driver:
+        made.append(Driver(factory, defaults))
+        made[-1].bridge.load()
+        return made[-1]
+
+    yield make
+    for driver in made:
+        driver.close()
+
+
+def asked(text: str = "hello", **kwargs) -> Chat:
+    return Chat(messages=[Message("user", text)], **kwargs)
+
+
+def test_loading_reports_progress_then_the_model(drive) -> None:
+    def factory(on_event):
+        on_event(Progress("opening", 1, 2))
+        return FakeEngine()
+
+    driver = drive(factory)
+    ready = driver.wait_for(Ready)
+    assert isinstance(driver.messages[0], Loading)
+    assert ready.model.name == "fake"
+    assert ready.model.context_limit == 4096
+    assert ready.model.kernel
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "hint"),
+    [
+        (ContextOverflowError("too long", hint="cut it"), "too long", "cut it"),
+        (ZeroDivisionError("oops"), "ZeroDivisionError: oops", "mimo doctor"),
+    ],
+)
+def test_a_failed_load_says_why(drive, error: Exception, message: str, hint: str) -> None:
+    def factory(on_event):
+        raise error
+
+    problem = drive(factory).wait_for(LoadFailed).problem
+    assert problem.message == message
+    assert hint in problem.hint
+    assert problem.exit_code == getattr(error, "exit_code", 1)
+
+
+def test_closing_stops_a_load_at_its_next_report() -> None:
+    stopped = threading.Event()
+
+    def factory(on_event):
+        try:
+            while True:
+                on_event(Progress("fetching", 0, 0))
+                time.sleep(0.01)
+        finally:
+            stopped.set()
+
+    driver = Driver(factory)
+    driver.bridge.load()
+    driver.wait_for(Loading)
+    started = time.monotonic()
+    driver.bridge.close()
+    assert stopped.wait(1.0)
+    assert time.monotonic() - started < 1.5
+
+
+def test_closing_does_not_wait_for_a_load_that_never_reports() -> None:
+    gate = threading.Event()
+    engine = FakeEngine()
+
+    def factory(on_event):
+        gate.wait()
+        return engine
+
+    driver = Driver(factory)
+    driver.bridge.load()
+    started = time.monotonic()
+    driver.bridge.close(timeout_s=0.1)
+    assert time.monotonic() - started < 1.0
+    gate.set()  # the engine that comes too late is closed all the same
+    end = time.monotonic() + 2
+    while not engine.closed and time.monotonic() < end:
+        time.sleep(0.005)
+    assert engine.closed
+    assert driver.messages == []
+
+
+def test_an_answer_is_split_joined_and_ended(drive) -> None:
+    engine = FakeEngine(chunks("<think>\nshort\n</think>\n\nThe answer."))
+    driver = drive(lambda on_event: engine)
+    driver.wait_for(Ready)
+    driver.bridge.ask(asked())
+    done = driver.wait_for(AnswerDone)
+    assert isinstance(driver.messages[-1], AnswerDone)
+    assert driver.text("thinking").strip() == "short"
+    assert driver.text("answer").strip() == "The answer."
+    assert driver.wait_for(Reading).prefill.total == len(engine.requests[0].ids)
+    assert done.reason == "stop"
+    assert 0 < done.pace.thinking_tokens < done.pace.tokens
+
+
+def test_cancel_before_during_and_after(drive) -> None:
+    engine = SlowReader()
+    driver = drive(lambda on_event: engine)
+    driver.wait_for(Ready)
+    driver.bridge.cancel()  # nothing runs: nothing happens, and the next answer is not harmed
+    driver.bridge.ask(asked())
+    driver.wait_for(Reading)
+    assert not [m for m in driver.messages if isinstance(m, AnswerDone)]
+    started = time.monotonic()
+    driver.bridge.cancel()
+    assert driver.wait_for(AnswerDone).reason == "cancelled"
+    assert time.monotonic() - started < 1.0
+
+
+def test_a_failure_comes_as_a_problem_after_the_text(drive) -> None:
+    engine = FakeEngine()
+    engine.queue("par", "tial", error=ContextOverflowError("full", hint="clear"))
+    driver = drive(lambda on_event: engine)
+    driver.wait_for(Ready)
+    driver.bridge.ask(asked())
+    assert driver.wait_for(AnswerFailed).problem.hint == "clear"
+    assert driver.text("answer") == "partial"
+    assert isinstance(driver.messages[-1], AnswerFailed)
+
+
+def test_turns_share_a_session_until_it_is_forgotten(drive) -> None:
+    engine = FakeEngine()
+    driver = drive(lambda on_event: engine)
+    driver.wait_for(Ready)
+    for forget in (False, False, True):
+        if forget:
+            driver.bridge.forget()
+        driver.messages.clear()
+        driver.bridge.ask(asked())
+        driver.wait_for(AnswerDone)
+    first, second, third = (r.session for r in engine.requests)
+    assert first is second
+    assert third is not second
+
+
+def test_typed_parameters_win_over_the_preset_and_a_seed_moves_with_the_attempt(drive) -> None:
+    engine = FakeEngine()
+    driver = drive(
+        lambda on_event: engine,
+        ChatDefaults(overrides={"temperature": 0.1, "seed": 7}, stop=("X",)),
+    )
+    driver.wait_for(Ready)
+    for attempt in (0, 2):
+        driver.messages.clear()
+        driver.bridge.ask(asked(preset="code"), attempt=attempt)
+        driver.wait_for(AnswerDone)
+    params = [r.params for r in engine.requests]
+    assert [p.seed for p in params] == [7, 9]
+    assert params[0].temperature == 0.1
+    assert params[0].top_p == PRESETS["code"].top_p
+    assert params[0].max_tokens == PRESETS["code"].max_tokens
+    assert params[0].repetition_penalty == PRESETS["code"].repetition_penalty
+    assert engine.requests[0].stop == ("X",)

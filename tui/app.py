@@ -1,0 +1,127 @@
+"""The terminal app: opens its window at once, then loads the engine behind it.
+
+`run(settings, defaults)` is what `mimo chat` calls; `MimoApp(engine_factory, defaults)` is the same with
+any engine, which is how the tests drive it. Imports no torch: the engine's import happens in the load.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import TYPE_CHECKING, ClassVar
+
+from textual.app import App, SystemCommand
+from textual.binding import Binding, BindingType
+from textual.screen import Screen
+from textual.theme import Theme
+
+from mimo_local.chat import PRESETS
+from tui.bridge import ChatDefaults, EngineFactory
+from tui.screens.chat import ChatScreen
+from tui.widgets.prompt import Prompt
+
+if TYPE_CHECKING:
+    from mimo_local.engine import Engine
+    from mimo_local.events import Progress
+    from mimo_local.settings import Settings
+
+__all__ = ["ChatDefaults", "MimoApp", "run"]
+
+THEME = Theme(
+    name="mimo",
+    primary="#ff8f4c",
+    secondary="#7aa2c8",
+    accent="#ff8f4c",
+    warning="#e5c07b",
+    error="#e06c75",
+    success="#8fbf7f",
+    foreground="#dcdcd6",
+    background="#15161a",
+    surface="#1d1f25",
+    panel="#282b33",
+    dark=True,
+)
+
+
+class MimoApp(App[None]):
+    """A chat with one local model."""
+
+    TITLE = "mimo"
+    CSS_PATH = "app.tcss"
+    ENABLE_COMMAND_PALETTE = True
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("ctrl+q", "quit", "Quit", priority=True),
+        Binding("ctrl+c", "interrupt", "Stop", show=False, priority=True),
+    ]
+
+    def __init__(self, engine_factory: EngineFactory, defaults: ChatDefaults | None = None) -> None:
+        super().__init__()
+        self.register_theme(THEME)
+        if "TEXTUAL_THEME" not in os.environ:
+            self.theme = THEME.name
+        self.chat_screen = ChatScreen(engine_factory, defaults or ChatDefaults())
+
+    def on_mount(self) -> None:
+        self.push_screen(self.chat_screen)
+
+    def close(self) -> None:
+        """Stop and close the engine; call it when the window is gone, it may take two seconds."""
+        if self.chat_screen.bridge is not None:
+            self.chat_screen.bridge.close()
+
+    async def action_quit(self) -> None:
+        """Leave at once; what runs behind is stopped in `close`."""
+        self.exit(return_code=self.chat_screen.exit_code)
+
+    def action_interrupt(self) -> None:
+        """Ctrl+C: stop the answer, else copy a selection, else say how to quit."""
+        screen = self.chat_screen
+        if screen.state == "answering":
+            screen.action_stop()
+        elif isinstance(self.focused, Prompt) and self.focused.selected_text:
+            self.focused.action_copy()
+        elif text := self.screen.get_selected_text():
+            self.copy_to_clipboard(text)
+            self.notify("Copied", markup=False)
+        else:
+            self.notify("Ctrl+Q quits", markup=False)
+
+    def get_system_commands(self, screen: Screen[object]) -> Iterable[SystemCommand]:
+        """The palette: our commands before Textual's own."""
+        chat = self.chat_screen
+        if screen is chat:
+            yield SystemCommand("Help", "Keys and commands", chat.action_help)
+            yield SystemCommand("New chat", "/clear", chat.clear_chat)
+            yield SystemCommand("Answer again", "/regen", chat.regenerate)
+            yield SystemCommand("Copy the answer", "As Markdown", chat.action_copy_answer)
+            yield SystemCommand("Figures", "/stats", chat.show_stats)
+            yield SystemCommand(
+                "System prompt", "/system", partial(chat.prompt.put, f"/system {chat.chat.system}")
+            )
+            on = not chat.chat.thinking
+            yield SystemCommand(
+                f"Thinking {'on' if on else 'off'}", "/think", partial(chat.set_thinking, on)
+            )
+            for name, preset in PRESETS.items():
+                yield SystemCommand(
+                    f"Preset {name}", preset.description, partial(chat.set_preset, name)
+                )
+        yield from super().get_system_commands(screen)
+
+
+def run(settings: Settings, chat_defaults: ChatDefaults | None = None) -> int:
+    """Open the window, load the model `settings` names behind it, chat; the exit status."""
+
+    def load(on_event: Callable[[Progress], None]) -> Engine:
+        # Costs 2-3 s of torch: paid in the loading thread, the window is there already.
+        from mimo_local.engine import Engine
+
+        return Engine.load(settings, on_event)
+
+    app = MimoApp(load, chat_defaults)
+    try:
+        app.run()
+    finally:
+        app.close()
+    return app.return_code or 0

@@ -1,0 +1,261 @@
+"""Drives the engine for the screen: loads it, asks it, joins its pieces, reports in messages.
+
+The only file of the interface that touches the engine. Knows no widget: it is given a thread-safe
+`post` and a `later(seconds, call)`. One daemon thread per job, never two at a time: a daemon, because
+leaving the app must not wait for a load that takes minutes (the interpreter joins other threads).
+Called by the chat screen (`load`, `ask`, `cancel`) and the app (`close`).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Protocol
+
+from textual.message import Message
+
+from mimo_local import kernels
+from mimo_local.chat import PRESETS, Chat, Splitter
+from mimo_local.errors import CancelledError, UsageError
+from mimo_local.events import Done, Failed, Prefill, Progress, Stats, Token
+from mimo_local.sampler import SamplingParams
+from tui.messages import (
+    AnswerDelta,
+    AnswerDone,
+    AnswerFailed,
+    Loading,
+    LoadFailed,
+    ModelInfo,
+    Pace,
+    Problem,
+    Reading,
+    Ready,
+    TextPiece,
+)
+
+if TYPE_CHECKING:
+    from mimo_local.engine import Engine, Session, Stream
+
+JOIN_S = 0.05
+"""Pieces are joined for this long: 20 screen updates a second, above which Markdown lags behind."""
+
+
+class EngineFactory(Protocol):
+    """Makes the engine, reporting progress on the calling thread."""
+
+    def __call__(self, on_event: Callable[[Progress], None]) -> Engine: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ChatDefaults:
+    """How a new chat starts; `mimo chat`'s flags become one of these."""
+
+    preset: str = "chat"
+    system: str = ""
+    thinking: bool = False
+    overrides: Mapping[str, float | int | None] = field(default_factory=dict)
+    """Fields of SamplingParams the user typed; they win over any preset."""
+    stop: tuple[str, ...] = ()
+
+
+class Joiner:
+    """Joins pieces so that at most one `AnswerDelta` per JOIN_S goes out, the first one at once."""
+
+    def __init__(
+        self,
+        post: Callable[[Message], None],
+        later: Callable[[float, Callable[[], None]], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._post, self._later, self._clock = post, later, clock
+        self._lock = threading.Lock()
+        self._pieces: list[TextPiece] = []
+        self._pace = Pace()
+        self._sent_at = float("-inf")
+        self._scheduled = False
+
+    def add(self, pieces: Iterable[TextPiece], pace: Pace) -> None:
+        """Take pieces; they reach the screen within JOIN_S even if nothing follows."""
+        with self._lock:
+            for piece in pieces:
+                if self._pieces and self._pieces[-1].kind == piece.kind:
+                    piece = TextPiece(piece.kind, self._pieces.pop().text + piece.text)
+                self._pieces.append(piece)
+            self._pace = pace
+            wait = self._sent_at + JOIN_S - self._clock()
+            if wait <= 0:
+                self._send()
+            elif not self._scheduled:
+                self._scheduled = True
+                self._later(wait, self.flush)
+
+    def flush(self) -> None:
+        """Send what is waiting now."""
+        with self._lock:
+            self._scheduled = False
+            self._send()
+
+    def _send(self) -> None:
+        if self._pieces:
+            self._post(AnswerDelta(tuple(self._pieces), self._pace))
+            self._pieces = []
+            self._sent_at = self._clock()
+
+
+class Meter:
+    """Counts the tokens of one answer and times its thinking."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._first = self._thought_until = 0.0
+        self.pace = Pace()
+
+    def count(self, kinds: set[str]) -> Pace:
+        """One more token; `kinds` of text it completed (none while a tag or character is open)."""
+        now, p = self._clock(), self.pace
+        if p.tokens == 0:
+            self._first = self._thought_until = now
+        thinking = p.thinking_tokens
+        if "thinking" in kinds:
+            # Tokens without text so far (the opening tag, half a character) were thinking as well.
+            thinking = p.tokens + 1
+            self._thought_until = now
+        elapsed = now - self._first
+        rate = p.tokens / elapsed if elapsed > 0 else 0.0
+        self.pace = Pace(p.tokens + 1, thinking, self._thought_until - self._first, rate)
+        return self.pace
+
+
+class Bridge:
+    """The engine's driver. `load` once, then any number of `ask`; `cancel` and `close` at any time."""
+
+    def __init__(
+        self,
+        post: Callable[[Message], None],
+        later: Callable[[float, Callable[[], None]], None],
+        factory: EngineFactory,
+        defaults: ChatDefaults,
+    ) -> None:
+        self._post, self._later, self._factory, self._defaults = post, later, factory, defaults
+        self._engine: Engine | None = None
+        self._session: Session | None = None
+        self._stream: Stream | None = None
+        self._job: threading.Thread | None = None
+        self._lock = threading.Lock()
+        self._cancelled = threading.Event()
+        self._closing = threading.Event()
+
+    def load(self) -> None:
+        """Make the engine: Loading*, then Ready or LoadFailed."""
+        self._start(self._load, "mimo-load")
+
+    def ask(self, chat: Chat, *, attempt: int = 0) -> None:
+        """Answer the chat's last message: Reading*, AnswerDelta*, then AnswerDone or AnswerFailed.
+
+        `attempt` > 0 asks the same again: with a fixed seed each attempt has its own.
+        """
+        self._cancelled.clear()
+        self._start(lambda: self._ask(chat, attempt), "mimo-answer")
+
+    def cancel(self) -> None:
+        """Stop the running answer; it ends with AnswerDone(reason="cancelled") within one step."""
+        with self._lock:
+            self._cancelled.set()
+            if self._stream is not None:
+                self._stream.cancel()
+
+    def forget(self) -> None:
+        """The next answer starts from an empty session."""
+        self._session = None
+
+    def close(self, timeout_s: float = 2.0) -> None:
+        """Stop whatever runs and close the engine; gives up waiting after `timeout_s`."""
+        self._closing.set()
+        self.cancel()
+        if self._job is not None:
+            self._job.join(timeout_s)
+            if self._job.is_alive():
+                return
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+
+    def _start(self, work: Callable[[], None], name: str) -> None:
+        if self._job is not None and self._job.is_alive():
+            # The last message of a job is posted just before its thread ends.
+            self._job.join(1.0)
+        self._job = threading.Thread(target=work, name=name, daemon=True)
+        self._job.start()
+
+    def _load(self) -> None:
+        def on_event(progress: Progress) -> None:
+            if self._closing.is_set():
+                raise CancelledError("loading was stopped", hint="start `mimo chat` again")
+            self._post(Loading(progress))
+
+        try:
+            engine = self._factory(on_event)
+            model = ModelInfo(
+                engine.name, engine.description, kernels.describe(), engine.context_limit
+            )
+        except Exception as error:
+            # Whatever breaks in there, the window must say so instead of waiting for ever.
+            self._post(LoadFailed(Problem.of(error)))
+            return
+        self._engine = engine
+        if self._closing.is_set():
+            engine.close()
+            return
+        self._post(Ready(model))
+
+    def _ask(self, chat: Chat, attempt: int) -> None:
+        joiner = Joiner(self._post, self._later)
+        try:
+            last = self._stream_answer(chat, attempt, joiner)
+        except Exception as error:
+            last = AnswerFailed(Problem.of(error))
+        finally:
+            with self._lock:
+                self._stream = None
+        joiner.flush()
+        self._post(last)
+
+    def _stream_answer(self, chat: Chat, attempt: int, joiner: Joiner) -> Message:
+        engine = self._engine
+        if engine is None or engine.tokenizer is None:
+            raise UsageError("this model has no tokenizer", hint="chat needs a pack made with one")
+        if self._session is None:
+            self._session = engine.new_session()
+        ids = chat.render(engine.tokenizer)
+        stream = engine.submit(
+            self._session, ids, self._params(chat, attempt), stop=self._defaults.stop
+        )
+        with self._lock:
+            self._stream = stream
+            if self._cancelled.is_set():
+                stream.cancel()
+        meter, splitter = Meter(), Splitter()
+        for event in stream:
+            match event:
+                case Prefill():
+                    self._post(Reading(event))
+                case Token():
+                    pieces = [TextPiece(p.kind, p.text) for p in splitter.push(event.text)]
+                    joiner.add(pieces, meter.count({p.kind for p in pieces}))
+                case Done(reason, stats):
+                    joiner.add([TextPiece(p.kind, p.text) for p in splitter.flush()], meter.pace)
+                    return AnswerDone(reason, stats, meter.pace)
+                case Failed(error):
+                    return AnswerFailed(Problem.of(error))
+        return AnswerDone("cancelled", Stats(), meter.pace)
+
+    def _params(self, chat: Chat, attempt: int) -> SamplingParams:
+        preset = PRESETS[chat.preset]
+        known = {f.name for f in fields(preset)} & {f.name for f in fields(SamplingParams)}
+        values = {name: getattr(preset, name) for name in known} | dict(self._defaults.overrides)
+        params = SamplingParams(**values)
+        if attempt and params.seed is not None:
+            params = replace(params, seed=params.seed + attempt)
+        return params

@@ -1,0 +1,142 @@
+"""One answer: thinking (folded away), streaming Markdown, a line of figures when it is over.
+
+Fed by the chat screen with `add`, ended with `finish`. Knows nothing of where text comes from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import ClassVar
+
+from markdown_it import MarkdownIt
+from textual import on
+from textual.app import ComposeResult
+from textual.containers import Vertical
+from textual.content import Content
+from textual.widgets import Collapsible, Markdown, Static
+from textual.widgets.markdown import MarkdownStream
+
+from tui.messages import Pace, TextPiece
+from tui.widgets.figures import count, duration, plain
+
+# A frozen paragraph is never laid out again: without the cut each update would wrap all the thinking.
+THINKING_BLOCK_CHARS = 2000
+
+
+def markdown_parser() -> MarkdownIt:
+    """GitHub's Markdown, but HTML stays visible text instead of vanishing."""
+    return MarkdownIt("gfm-like", {"html": False})
+
+
+class Thinking(Collapsible):
+    """What the model thought, closed until the user opens it; streams dim while open."""
+
+    def __init__(self) -> None:
+        self._body = Vertical(classes="thinking-body")
+        super().__init__(self._body, title="Thinking…", collapsed=True)
+        self._tail: Static | None = None
+        self._tail_text = ""
+        self._waiting = ""
+
+    def add(self, text: str) -> None:
+        """More thinking; laid out only while somebody looks."""
+        self._waiting += text
+        if not self.collapsed:
+            self._show()
+
+    def label(self, pace: Pace, *, done: bool) -> None:
+        """Put time and tokens in the title."""
+        figures = f"{duration(pace.thinking_s)} · {count(pace.thinking_tokens, 'token')}"
+        title = f"Thought for {figures}" if done else f"Thinking… {figures}"
+        if self.title != title:
+            self.title = title
+
+    @on(Collapsible.Expanded)
+    def _opened(self) -> None:
+        self._show()
+
+    def _show(self) -> None:
+        self._tail_text += plain(self._waiting)
+        self._waiting = ""
+        while len(self._tail_text) > THINKING_BLOCK_CHARS:
+            cut = self._tail_text.rfind("\n", 0, THINKING_BLOCK_CHARS)
+            if cut <= 0:
+                break
+            self._write(self._tail_text[:cut])
+            self._tail, self._tail_text = None, self._tail_text[cut + 1 :]
+        self._write(self._tail_text)
+
+    def _write(self, text: str) -> None:
+        if self._tail is None:
+            self._tail = Static(Content(text.strip("\n")))
+            self._body.mount(self._tail)
+        else:
+            self._tail.update(Content(text.strip("\n")))
+
+
+class AnswerText(Markdown):
+    """The Markdown of one answer; a link is copied, never opened: nothing leaves by itself."""
+
+    BULLETS: ClassVar[list[str]] = ["• ", "‣ ", "⭑ ", "◦ ", "▪ "]
+
+    def __init__(self) -> None:
+        super().__init__(parser_factory=markdown_parser, open_links=False)
+
+    @on(Markdown.LinkClicked)
+    def _copy_link(self, event: Markdown.LinkClicked) -> None:
+        event.stop()
+        self.app.copy_to_clipboard(event.href)
+        self.notify(plain(event.href), title="Link copied", markup=False)
+
+
+class Answer(Vertical):
+    """The model's side of one turn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text = ""
+        """The answer as the model wrote it."""
+        self.reasoning = ""
+        self._markdown = AnswerText()
+        self._stream: MarkdownStream | None = None
+        self._thinking: Thinking | None = None
+        self._thought = False
+        self._foot = Static("", classes="foot", markup=False)
+
+    def compose(self) -> ComposeResult:
+        yield self._markdown
+        yield self._foot
+
+    def on_mount(self) -> None:
+        self._foot.display = False
+
+    async def add(self, pieces: Iterable[TextPiece], pace: Pace) -> None:
+        """Show more text."""
+        for piece in pieces:
+            if piece.kind == "thinking":
+                self.reasoning += piece.text
+                if self._thinking is None:
+                    self._thinking = Thinking()
+                    await self.mount(self._thinking, before=self._markdown)
+                self._thinking.add(piece.text)
+            else:
+                self._thought = self._thinking is not None
+                # The template's line breaks after the thinking are not part of the answer.
+                text = piece.text if self.text else piece.text.lstrip("\n")
+                self.text += text
+                if self._stream is None:
+                    self._stream = Markdown.get_stream(self._markdown)
+                await self._stream.write(plain(text))
+        if self._thinking is not None:
+            self._thinking.label(pace, done=self._thought)
+
+    async def finish(self, foot: str, pace: Pace) -> None:
+        """No more text comes: render the whole answer once, tidily, and add the line of figures."""
+        if self._stream is not None:
+            await self._stream.stop()
+            self._stream = None
+            await self._markdown.update(plain(self.text))
+        if self._thinking is not None:
+            self._thinking.label(pace, done=True)
+        self._foot.update(foot)
+        self._foot.display = bool(foot)

@@ -1,0 +1,111 @@
+"""Where the user types: several lines, Enter sends, Up recalls, Tab completes a slash command.
+
+Posts `Submitted` and nothing else; knows neither the chat nor whether an answer is running.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from textual import events
+from textual.binding import Binding, BindingType
+from textual.widgets import TextArea
+
+from tui.commands import suggest
+from tui.messages import Submitted
+
+# Most terminals send the same byte for Shift+Enter and Enter; Ctrl+J and a closing backslash work in all.
+NEWLINE_KEYS = ("shift+enter", "ctrl+j", "alt+enter")
+
+
+class Prompt(TextArea):
+    """A text area that grows to eight lines and remembers what was sent."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("enter", "submit", "Send"),
+        Binding("ctrl+j", "newline", "New line", key_display="^j"),
+        Binding("pageup", "screen.page(-1)", "Scroll up", show=False),
+        Binding("pagedown", "screen.page(1)", "Scroll down", show=False),
+        Binding("ctrl+end", "screen.follow", "To the end", show=False),
+    ]
+
+    def __init__(self, *, presets: Sequence[str] = (), id: str | None = None) -> None:  # noqa: A002 - Textual's name
+        super().__init__(
+            id=id,
+            placeholder="Ask something. /help lists the commands",
+            highlight_cursor_line=False,
+        )
+        self.presets = tuple(presets)
+        self._sent: list[str] = []
+        self._recalled: int | None = None
+
+    def action_submit(self) -> None:
+        """Hand the text over; whoever takes it clears the prompt with `accept`."""
+        if self.text.strip():
+            self.post_message(Submitted(self.text))
+
+    def action_newline(self) -> None:
+        """Break the line at the cursor."""
+        self.insert("\n", maintain_selection_offset=False)
+
+    def accept(self) -> None:
+        """The text was taken: remember it and start empty."""
+        if not self._sent or self._sent[-1] != self.text:
+            self._sent.append(self.text)
+        self._recalled = None
+        self.clear()
+
+    def put(self, text: str) -> None:
+        """Show `text` with the cursor behind it."""
+        self.text = text
+        self.move_cursor(self.document.end)
+
+    def put_back(self, text: str) -> None:
+        """Return a text that could not be used, before whatever was typed meanwhile."""
+        self.put(text if not self.text.strip() else f"{text}\n{self.text}")
+
+    async def _on_key(self, event: events.Key) -> None:
+        if self._handle(event.key):
+            event.stop()
+            event.prevent_default()
+
+    def _handle(self, key: str) -> bool:
+        if key == "enter":
+            row, column = self.cursor_location
+            if self.text and column and self.document[row][column - 1] == "\\":
+                self.action_delete_left()
+                self.action_newline()
+            else:
+                self.action_submit()
+            return True
+        if key in NEWLINE_KEYS:
+            self.action_newline()
+            return True
+        if key == "tab":
+            return self._complete()
+        if key in ("up", "down"):
+            return self._recall(-1 if key == "up" else 1)
+        return False
+
+    def _complete(self) -> bool:
+        found = suggest(self.text, self.presets)
+        if found:
+            self.put(found[0].insert)
+        return bool(found)
+
+    def _recall(self, step: int) -> bool:
+        """Walk through the sent texts, only from an empty prompt or an unchanged recalled text."""
+        at = self._recalled
+        if self.text and (at is None or self.text != self._sent[at]):
+            return False
+        if self.text and self.cursor_location[0] != (
+            0 if step < 0 else self.document.line_count - 1
+        ):
+            return False
+        target = (len(self._sent) if at is None or not self.text else at) + step
+        if target < 0 or target > len(self._sent) or not self._sent:
+            return bool(self.text) and target < 0
+        self._recalled = target if target < len(self._sent) else None
+        self.put(self._sent[target] if target < len(self._sent) else "")
+        return True

@@ -1,0 +1,57 @@
+"""One line at the top (which model) and one above the prompt (what is going on, context used).
+
+Both show what they are told; the chat screen tells them.
+"""
+
+from __future__ import annotations
+
+from textual.app import ComposeResult
+from textual.containers import Horizontal
+from textual.content import Content
+from textual.reactive import reactive
+from textual.widget import Widget
+from textual.widgets import Static
+
+from tui.messages import ModelInfo
+from tui.widgets.figures import percent, plain
+
+
+class TitleBar(Horizontal):
+    """`mimo  name · description` on the left, the kernel in use on the right."""
+
+    def compose(self) -> ComposeResult:
+        yield Static("mimo", id="brand")
+        yield Static("", id="model", markup=False)
+        yield Static("", id="kernel", markup=False)
+
+    def show(self, model: ModelInfo) -> None:
+        """Name the model and the kernel."""
+        self.query_one("#model", Static).update(f"{plain(model.name)} · {plain(model.description)}")
+        self.query_one("#kernel", Static).update(plain(model.kernel))
+
+
+class StatusLine(Widget):
+    """Activity on the left, context used on the right; the left side gives way when it is narrow."""
+
+    activity = reactive("")
+    more_below = reactive(False)
+    used = reactive(0)
+    limit = reactive(0)
+
+    def render(self) -> Content:
+        """One line, exactly as wide as the widget."""
+        width = self.content_size.width
+        right = self._usage(short=width < 70)
+        left = self.activity
+        if self.more_below:
+            left = f"↓ more below: Ctrl+End · {left}"
+        room = max(0, width - len(right) - 2)
+        return Content.assemble(
+            Content(left).truncate(room, ellipsis=True, pad=True), "  ", (right, "dim")
+        )
+
+    def _usage(self, *, short: bool) -> str:
+        if not self.limit:
+            return ""
+        share = f"{percent(self.used, self.limit)}%"
+        return share if short else f"context {self.used:,} / {self.limit:,} · {share}"
