@@ -213,7 +213,7 @@ class Kernels:
 
 
 def get() -> Kernels | None:
-    """The library with this CPU's best table (MIMO_ISA may lower it), cached; None if it is absent."""
+    """The library with the best table of this CPU (MIMO_ISA may lower it), or None. Cached."""
     return _load()[0]
 
 

@@ -1,5 +1,5 @@
-// zlib's CRC-32, sixteen bytes a step through sixteen tables ("slicing"). Checks what was written to and read from disk:
-// several times a disk's speed is enough, so no carry-less multiplication here.
+// zlib's CRC-32, sixteen bytes a step through sixteen tables ("slicing"). It checks what was written to and read from
+// disk: some gigabytes a second are enough, so there is no carry-less multiplication here.
 #include <array>
 #include <bit>
 #include <cstdint>

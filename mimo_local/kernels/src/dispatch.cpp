@@ -1,5 +1,5 @@
-// Which instruction set to use: asks the CPU and the operating system once. MIMO_ISA may lower the choice, never raise it.
-// Baseline code only.
+// Which instruction set to use: asks the CPU and the operating system once. MIMO_ISA may lower the choice, never raise
+// it. Baseline code only.
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>

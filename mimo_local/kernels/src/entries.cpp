@@ -1,4 +1,4 @@
-// The C entry points: check the arguments, prepare what is common to all instruction sets, split the rows over the pool.
+// The C entry points: check the arguments, prepare what all instruction sets share, split the rows over the pool.
 // Baseline code only.
 #include <atomic>
 #include <cstdint>
@@ -178,11 +178,12 @@ std::int32_t dequantize(DequantizeRows rows, const DequantizeJob &job, std::int6
   }
 }
 
-// Either there are no weights, or all three pointers can be used.
-bool usable_weights(std::int64_t N, const void *codes, const void *scales, std::size_t scale_size,
-                    const void *floats) noexcept {
-  return N == 0 || (codes != nullptr && usable(scales, scale_size) && usable(floats, 4));
+// Either there are no rows, or the pointers can be used.
+bool usable_weights(std::int64_t N, const void *codes, const void *scales, std::size_t scale_size) noexcept {
+  return N == 0 || (codes != nullptr && usable(scales, scale_size));
 }
+
+bool usable_floats(std::int64_t N, const float *p) noexcept { return N == 0 || usable(p, 4); }
 
 }  // namespace
 }  // namespace mimo
@@ -192,7 +193,7 @@ extern "C" {
 int32_t mimo_nf4_matmul(const mimo_table *table, const float *x, int64_t ldx, int64_t T, const uint8_t *codes,
                         const uint16_t *scales, int64_t N, int64_t K, float *y, int64_t ldy) noexcept {
   if (!mimo::sensible_product(table, x, ldx, T, N, K, y, ldy) || K % mimo::kBlock != 0 ||
-      !mimo::usable_weights(N, codes, scales, 2, scales)) {
+      !mimo::usable_weights(N, codes, scales, 2)) {
     return MIMO_E_ARGUMENT;
   }
   const mimo::MatmulJob job{nullptr, 0, 0, codes, scales, N, K, y, ldy};
@@ -201,7 +202,7 @@ int32_t mimo_nf4_matmul(const mimo_table *table, const float *x, int64_t ldx, in
 
 int32_t mimo_int8_matmul(const mimo_table *table, const float *x, int64_t ldx, int64_t T, const int8_t *codes,
                          const float *scales, int64_t N, int64_t K, float *y, int64_t ldy) noexcept {
-  if (!mimo::sensible_product(table, x, ldx, T, N, K, y, ldy) || !mimo::usable_weights(N, codes, scales, 4, scales)) {
+  if (!mimo::sensible_product(table, x, ldx, T, N, K, y, ldy) || !mimo::usable_weights(N, codes, scales, 4)) {
     return MIMO_E_ARGUMENT;
   }
   const mimo::MatmulJob job{nullptr, 0, 0, codes, scales, N, K, y, ldy};
@@ -220,7 +221,7 @@ int32_t mimo_bf16_matmul(const mimo_table *table, const float *x, int64_t ldx, i
 int32_t mimo_nf4_quantize(const mimo_table *table, const float *w, int64_t N, int64_t K, uint8_t *codes,
                           uint16_t *scales, int32_t search, int64_t *info) noexcept {
   if (table == nullptr || !mimo::sensible(N, K) || K % mimo::kBlock != 0 ||
-      !mimo::usable_weights(N, codes, scales, 2, w)) {
+      !mimo::usable_weights(N, codes, scales, 2) || !mimo::usable_floats(N, w)) {
     return MIMO_E_ARGUMENT;
   }
   return mimo::quantize(table->nf4_quantize, {w, K, codes, scales, search != 0}, N, info);
@@ -228,7 +229,8 @@ int32_t mimo_nf4_quantize(const mimo_table *table, const float *w, int64_t N, in
 
 int32_t mimo_int8_quantize(const mimo_table *table, const float *w, int64_t N, int64_t K, int8_t *codes,
                            float *scales, int32_t search, int64_t *info) noexcept {
-  if (table == nullptr || !mimo::sensible(N, K) || !mimo::usable_weights(N, codes, scales, 4, w)) {
+  if (table == nullptr || !mimo::sensible(N, K) || !mimo::usable_weights(N, codes, scales, 4) ||
+      !mimo::usable_floats(N, w)) {
     return MIMO_E_ARGUMENT;
   }
   return mimo::quantize(table->int8_quantize, {w, K, codes, scales, search != 0}, N, info);
@@ -237,7 +239,7 @@ int32_t mimo_int8_quantize(const mimo_table *table, const float *w, int64_t N, i
 int32_t mimo_nf4_dequantize(const mimo_table *table, const uint8_t *codes, const uint16_t *scales, int64_t N,
                             int64_t K, float *out) noexcept {
   if (table == nullptr || !mimo::sensible(N, K) || K % mimo::kBlock != 0 ||
-      !mimo::usable_weights(N, codes, scales, 2, out)) {
+      !mimo::usable_weights(N, codes, scales, 2) || !mimo::usable_floats(N, out)) {
     return MIMO_E_ARGUMENT;
   }
   return mimo::dequantize(table->nf4_dequantize, {codes, scales, K, out}, N);
@@ -245,7 +247,8 @@ int32_t mimo_nf4_dequantize(const mimo_table *table, const uint8_t *codes, const
 
 int32_t mimo_int8_dequantize(const mimo_table *table, const int8_t *codes, const float *scales, int64_t N, int64_t K,
                              float *out) noexcept {
-  if (table == nullptr || !mimo::sensible(N, K) || !mimo::usable_weights(N, codes, scales, 4, out)) {
+  if (table == nullptr || !mimo::sensible(N, K) || !mimo::usable_weights(N, codes, scales, 4) ||
+      !mimo::usable_floats(N, out)) {
     return MIMO_E_ARGUMENT;
   }
   return mimo::dequantize(table->int8_dequantize, {codes, scales, K, out}, N);

@@ -13,7 +13,7 @@ namespace mimo {
 inline constexpr std::int64_t kBlock = 64;  // weights that share one NF4 scale
 inline constexpr std::int64_t kLanes = 16;  // partial sums per dot product, on every instruction set
 
-// Quantiles of the normal distribution, scaled to [-1, 1]: the data type of the QLoRA paper, float32 as in bitsandbytes.
+// Quantiles of the normal distribution scaled to [-1, 1], the data type of the QLoRA paper, as bitsandbytes rounds it.
 inline constexpr float kNf4[16] = {
     -1.0F,
     -0.6961928009986877F,

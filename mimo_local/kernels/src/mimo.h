@@ -5,7 +5,7 @@
  *
  * Rules that hold for every entry below
  *   Ownership   The caller owns all memory. The library keeps no pointer after it returns.
- *   Alignment   The element's own (float 4, fp16/bf16 2, bytes 1). Nothing is read or written outside the stated shapes.
+ *   Alignment   The element's own (float 4, fp16/bf16 2, bytes 1). Nothing outside the stated shapes is touched.
  *   Aliasing    Outputs overlap neither inputs nor each other.
  *   Threads     Any thread may call at any time; calls that use the pool take turns. A call returns when its work is
  *               done. Usable in a child after fork(): the child starts its own threads when it first needs them.
@@ -92,7 +92,7 @@ MIMO_API int32_t mimo_nf4_dequantize(const mimo_table *table, const uint8_t *cod
 MIMO_API int32_t mimo_int8_dequantize(const mimo_table *table, const int8_t *codes, const float *scales, int64_t N,
                                       int64_t K, float *out) MIMO_NOEXCEPT;
 
-/* CRC-32 of zlib and gzip (reflected 0x04C11DB7). seed: 0, or the value of the bytes before. Runs on the caller alone. */
+/* CRC-32 of zlib and gzip (reflected 0x04C11DB7). seed: 0, or the value of the bytes before. On the caller alone. */
 MIMO_API uint32_t mimo_crc32(const void *data, size_t n, uint32_t seed) MIMO_NOEXCEPT;
 
 #ifdef __cplusplus

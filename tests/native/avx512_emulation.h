@@ -1,0 +1,164 @@
+// The intrinsics isa_avx512.cpp uses, written as plain loops from their published definitions, so that the file's
+// logic can be tested on CPUs without AVX-512 and under sanitizers. Included by isa_avx512.cpp in place of immintrin.h
+// when MIMO_AVX512_EMULATION is defined. Only what is used is here; nothing is shared with the scalar table.
+#ifndef AVX512_EMULATION_H
+#define AVX512_EMULATION_H
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+struct __m512 {
+  float v[16];
+};
+struct __m512i {
+  std::int32_t v[16];
+};
+struct __m256i {
+  std::uint8_t b[32];
+};
+struct __m128i {
+  std::uint8_t b[16];
+};
+using __mmask16 = std::uint16_t;
+
+enum { _MM_FROUND_TO_NEAREST_INT = 0, _MM_FROUND_NO_EXC = 8, _CMP_GT_OQ = 30 };
+
+// ---- half precision (F16C) ------------------------------------------------------------------------------------------
+
+static float _cvtsh_ss(unsigned short h) {
+  const int exponent = h >> 10 & 31;
+  const int fraction = h & 1023;
+  float magnitude = 0;
+  if (exponent == 31) {
+    magnitude = fraction != 0 ? std::numeric_limits<float>::quiet_NaN() : std::numeric_limits<float>::infinity();
+  } else if (exponent == 0) {
+    magnitude = std::ldexp(static_cast<float>(fraction), -24);
+  } else {
+    magnitude = std::ldexp(static_cast<float>(1024 + fraction), exponent - 25);
+  }
+  return (h & 0x8000) != 0 ? -magnitude : magnitude;
+}
+
+// By search: the nearest of all finite halves, ties to the even pattern. Positive values only.
+static unsigned short _cvtss_sh(float x, int) {
+  if (x >= 65520.0F) return 0x7C00;
+  int low = 0;
+  int high = 0x7BFF;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    (_cvtsh_ss(static_cast<unsigned short>(middle)) <= x ? low : high) = middle;
+  }
+  const double below = static_cast<double>(x) - static_cast<double>(_cvtsh_ss(static_cast<unsigned short>(low)));
+  const double above = static_cast<double>(_cvtsh_ss(static_cast<unsigned short>(high))) - static_cast<double>(x);
+  if (below == above) return static_cast<unsigned short>(low % 2 == 0 ? low : high);
+  return static_cast<unsigned short>(below < above ? low : high);
+}
+
+// ---- memory ---------------------------------------------------------------------------------------------------------
+
+template <class Register, class Memory>
+static Register emu_load(const Memory *p) {
+  Register r;
+  std::memcpy(&r, static_cast<const void *>(p), sizeof r);
+  return r;
+}
+static __m512 _mm512_loadu_ps(const void *p) { return emu_load<__m512>(static_cast<const char *>(p)); }
+static void _mm512_storeu_ps(void *p, __m512 a) { std::memcpy(p, &a, sizeof a); }
+static __m128i _mm_loadu_si128(const __m128i *p) { return emu_load<__m128i>(p); }
+static __m256i _mm256_loadu_si256(const __m256i *p) { return emu_load<__m256i>(p); }
+static void _mm_storeu_si128(__m128i *p, __m128i a) { std::memcpy(static_cast<void *>(p), &a, sizeof a); }
+static void _mm_storel_epi64(__m128i *p, __m128i a) { std::memcpy(static_cast<void *>(p), &a, 8); }
+
+// ---- lane by lane ---------------------------------------------------------------------------------------------------
+
+#define EMU_EACH(Type, expression)                      \
+  Type r;                                               \
+  for (int i = 0; i < 16; ++i) r.v[i] = (expression);   \
+  return r
+
+static __m512 _mm512_set1_ps(float s) { EMU_EACH(__m512, s); }
+static __m512 _mm512_setzero_ps() { return _mm512_set1_ps(0.0F); }
+static __m512i _mm512_set1_epi32(int s) { EMU_EACH(__m512i, s); }
+static __m512i _mm512_maskz_set1_epi32(__mmask16 m, int s) { EMU_EACH(__m512i, (m >> i & 1) != 0 ? s : 0); }
+static __m512i _mm512_setr_epi32(int a, int b, int c, int d, int e, int f, int g, int h, int j, int k, int l, int m,
+                                 int n, int o, int p, int q) {
+  return {{a, b, c, d, e, f, g, h, j, k, l, m, n, o, p, q}};
+}
+static __m512 _mm512_add_ps(__m512 a, __m512 b) { EMU_EACH(__m512, a.v[i] + b.v[i]); }
+static __m512 _mm512_mul_ps(__m512 a, __m512 b) { EMU_EACH(__m512, a.v[i] * b.v[i]); }
+static __m512 _mm512_fmadd_ps(__m512 a, __m512 b, __m512 c) { EMU_EACH(__m512, std::fma(a.v[i], b.v[i], c.v[i])); }
+static __m512 _mm512_min_ps(__m512 a, __m512 b) { EMU_EACH(__m512, a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
+static __m512 _mm512_max_ps(__m512 a, __m512 b) { EMU_EACH(__m512, a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
+static __m512 _mm512_roundscale_ps(__m512 a, int) { EMU_EACH(__m512, std::nearbyint(a.v[i])); }
+static __m512i _mm512_cvtps_epi32(__m512 a) { EMU_EACH(__m512i, static_cast<std::int32_t>(std::nearbyint(a.v[i]))); }
+static __m512 _mm512_cvtepi32_ps(__m512i a) { EMU_EACH(__m512, static_cast<float>(a.v[i])); }
+static __m512i _mm512_add_epi32(__m512i a, __m512i b) { EMU_EACH(__m512i, a.v[i] + b.v[i]); }
+static __m512i _mm512_mask_add_epi32(__m512i src, __mmask16 m, __m512i a, __m512i b) {
+  EMU_EACH(__m512i, (m >> i & 1) != 0 ? a.v[i] + b.v[i] : src.v[i]);
+}
+static __m512i _mm512_max_epi32(__m512i a, __m512i b) { EMU_EACH(__m512i, a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
+static __m512i _mm512_and_si512(__m512i a, __m512i b) { EMU_EACH(__m512i, a.v[i] & b.v[i]); }
+static __m512i _mm512_or_si512(__m512i a, __m512i b) { EMU_EACH(__m512i, a.v[i] | b.v[i]); }
+static __m512i _mm512_slli_epi32(__m512i a, unsigned n) {
+  EMU_EACH(__m512i, static_cast<std::int32_t>(static_cast<std::uint32_t>(a.v[i]) << n));
+}
+static __m512i _mm512_srli_epi32(__m512i a, unsigned n) {
+  EMU_EACH(__m512i, static_cast<std::int32_t>(static_cast<std::uint32_t>(a.v[i]) >> n));
+}
+static __m512i _mm512_cvtepu8_epi32(__m128i a) { EMU_EACH(__m512i, a.b[i]); }
+static __m512i _mm512_cvtepi8_epi32(__m128i a) { EMU_EACH(__m512i, static_cast<std::int8_t>(a.b[i])); }
+static __m512i _mm512_cvtepu16_epi32(__m256i a) { EMU_EACH(__m512i, a.b[2 * i] | a.b[2 * i + 1] << 8); }
+static __m128i _mm512_cvtepi32_epi8(__m512i a) {
+  __m128i r;
+  for (int i = 0; i < 16; ++i) r.b[i] = static_cast<std::uint8_t>(a.v[i]);
+  return r;
+}
+static __mmask16 _mm512_cmp_ps_mask(__m512 a, __m512 b, int) {
+  unsigned mask = 0;
+  for (int i = 0; i < 16; ++i) mask |= (a.v[i] > b.v[i] ? 1U : 0U) << i;
+  return static_cast<__mmask16>(mask);
+}
+
+// ---- 64-bit lanes, casts --------------------------------------------------------------------------------------------
+
+static __m512i emu_shift64(__m512i a, int left, int right) {
+  std::uint64_t q[8];
+  std::memcpy(q, &a, sizeof q);
+  for (std::uint64_t &lane : q) lane = lane << left >> right;
+  std::memcpy(&a, q, sizeof q);
+  return a;
+}
+static __m512i _mm512_slli_epi64(__m512i a, int n) { return emu_shift64(a, n, 0); }
+static __m512i _mm512_srli_epi64(__m512i a, int n) { return emu_shift64(a, 0, n); }
+static __m128i _mm512_cvtepi64_epi8(__m512i a) {
+  __m128i r = {};
+  for (int i = 0; i < 8; ++i) r.b[i] = static_cast<std::uint8_t>(a.v[2 * i]);
+  return r;
+}
+static __m512 _mm512_castsi512_ps(__m512i a) { return emu_load<__m512>(&a); }
+static __m512i _mm512_castps_si512(__m512 a) { return emu_load<__m512i>(&a); }
+static float _mm512_cvtss_f32(__m512 a) { return a.v[0]; }
+
+// ---- across lanes ---------------------------------------------------------------------------------------------------
+
+static __m512 _mm512_permutexvar_ps(__m512i index, __m512 a) { EMU_EACH(__m512, a.v[index.v[i] & 15]); }
+static __m512 _mm512_permutex2var_ps(__m512 a, __m512i index, __m512 b) {
+  EMU_EACH(__m512, (index.v[i] & 16) != 0 ? b.v[index.v[i] & 15] : a.v[index.v[i] & 15]);
+}
+// Groups of four lanes: results 0 and 1 from a, 2 and 3 from b, two bits of `pick` each.
+static __m512 _mm512_shuffle_f32x4(__m512 a, __m512 b, int pick) {
+  EMU_EACH(__m512, (i < 8 ? a : b).v[(pick >> i / 4 * 2 & 3) * 4 + i % 4]);
+}
+// Within each group of four lanes.
+static __m512 _mm512_permute_ps(__m512 a, int pick) { EMU_EACH(__m512, a.v[i / 4 * 4 + (pick >> i % 4 * 2 & 3)]); }
+static int _mm512_reduce_max_epi32(__m512i a) {
+  int most = a.v[0];
+  for (const int v : a.v) most = v > most ? v : most;
+  return most;
+}
+
+#undef EMU_EACH
+
+#endif
