@@ -1,0 +1,1 @@
+"""What the bytes on disk are: weight formats, checkpoints, packs, and the way between them."""

@@ -1,0 +1,361 @@
+"""A Hugging Face checkpoint folder, read row by row: names, shapes, float32 values.
+
+Undoes what the training stored: FP8 blocks with their scales (also the tensor-parallel layout of
+the full-attention layers' K and V), fused expert tensors, renamed sinks. Knows no pack and no
+layer kinds. Called by `convert`, and by `mimo_local.weights` to run a checkpoint unquantised.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mimo_local.errors import CheckpointError
+from quant.fp8 import BLOCK, fp8_to_f32, fused_grid
+from quant.tensorfile import DTYPES, TensorFile, read_json
+
+INDEX = "model.safetensors.index.json"
+REFETCH = "fetch this file of the checkpoint again; its checksum is on the model's hub page"
+
+_SCALE = "_scale_inv"
+_SKIPPED = re.compile(r"(^|\.)(visual|vision|audio|speech)")
+_FUSED = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_FP8 = ("F8_E4M3", "F8_E5M2")
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """Where a logical tensor lies: `row` counts rows of the stored tensor seen as a matrix."""
+
+    file: TensorFile
+    stored: str
+    shape: tuple[int, ...]
+    dtype: str
+    row: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    def load(self, start: int, stop: int) -> torch.Tensor:
+        """Rows start..stop in the stored dtype."""
+        dtype = DTYPES[self.dtype]
+        tail = self.shape[1:]
+        step = math.prod(tail) * dtype.itemsize
+        offset = self.file.entries[self.stored].offset + (self.row + start) * step
+        shape = (stop - start, *tail) if self.shape else ()
+        return self.file.load(offset, dtype, shape, self.stored)
+
+
+@dataclass(frozen=True, slots=True)
+class _Scales:
+    """The scale tensors an FP8 weight needs and, per weight row, its row in their concatenation."""
+
+    sources: tuple[_Source, ...]
+    rows: torch.Tensor | None = None
+    """None: the plain grid, row r uses scale row r // block."""
+
+
+class Checkpoint:
+    """A checkpoint folder, opened and checked; reading is by row ranges and never cached."""
+
+    config: dict[str, Any]
+
+    def __init__(self, path: Path, config: dict[str, Any], files: list[TensorFile]) -> None:
+        """Use `Checkpoint.open`."""
+        self.path = path
+        self.config = config
+        self._files = files
+        self._sources: dict[str, _Source] = {}
+        self._scales: dict[str, _Scales] = {}
+        self._skipped: list[str] = []
+        quantization = config.get("quantization_config")
+        size = quantization.get("weight_block_size") if isinstance(quantization, dict) else None
+        self._block = (BLOCK, BLOCK)
+        match size:
+            case [int(r), int(c)] if r > 0 and c > 0:
+                self._block = (r, c)
+
+    @classmethod
+    def open(cls, path: str | Path) -> Checkpoint:
+        """Open a folder and check every header in it; raises CheckpointError naming the file."""
+        folder = Path(path)
+        if not folder.is_dir():
+            raise CheckpointError(
+                f"no checkpoint folder at {folder}",
+                hint="give the folder that holds config.json and the .safetensors files",
+            )
+        config = read_json(
+            folder / "config.json",
+            error=CheckpointError,
+            hint="a checkpoint folder holds config.json beside its .safetensors files",
+        )
+        names, weight_map = _shards(folder)
+        files = [TensorFile(folder / n, error=CheckpointError, hint=REFETCH) for n in names]
+        self = cls(folder, config, files)
+        self._collect(weight_map)
+        self._match_scales()
+        return self
+
+    def names(self) -> list[str]:
+        """All logical tensor names (hub names, no scales, nothing skipped), sorted."""
+        return sorted(self._sources)
+
+    def skipped(self) -> list[str]:
+        """Tensors of other modalities (vision, audio, speech) that are left out."""
+        return sorted(self._skipped)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._sources
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes of all logical tensors with their scales."""
+        return sum(self.stored_bytes(name) for name in self._sources)
+
+    def stored_bytes(self, name: str) -> int:
+        """Bytes the tensor takes in the checkpoint, its own scales included."""
+        source = self._source(name)
+        scale = source.file.entries.get(source.stored + _SCALE)
+        return source.nbytes + (scale.nbytes if scale else 0)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Logical shape."""
+        return self._source(name).shape
+
+    def dtype(self, name: str) -> str:
+        """Stored dtype as safetensors names it: "F8_E4M3", "BF16", "F32", ..."""
+        return self._source(name).dtype
+
+    def read_raw(self, name: str) -> torch.Tensor:
+        """The tensor in its stored dtype, scales not applied."""
+        source = self._source(name)
+        return source.load(0, source.shape[0] if source.shape else 1)
+
+    def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
+        """Float32 values, FP8 scales applied; `rows` selects a range of the first axis (step 1).
+
+        Raises CheckpointError naming file and tensor for NaN or infinite scales and weights.
+        """
+        source = self._source(name)
+        total = source.shape[0] if source.shape else 1
+        start, stop, _ = (rows or slice(None)).indices(total)
+        stop = max(start, stop)
+        raw = source.load(start, stop)
+        if source.dtype in _FP8:
+            values = fp8_to_f32(raw)
+            self._apply_scales(name, values, start, stop)
+        elif source.dtype in _FLOATS:
+            values = raw.float()
+        else:
+            raise CheckpointError(
+                f"{source.file.path.name}: {name} is stored as {source.dtype}, not as weights",
+                hint="this version reads FP8 (E4M3), BF16, F16 and F32 checkpoints",
+            )
+        # One sum is 4 times cheaper than isfinite; only a bad (or huge) sum asks for the full look.
+        if not bool(values.sum().isfinite()) and not bool(values.isfinite().all()):
+            raise CheckpointError(
+                f"{source.file.path.name}: {name} holds NaN or infinite weights", hint=REFETCH
+            )
+        return values
+
+    def fingerprint(self) -> str:
+        """Hex sha256 of config, headers and samples of the data: which checkpoint this is."""
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for file in sorted(self._files, key=lambda f: f.path.name):
+            digest.update(f"{file.path.name}:{file.size};".encode())
+            starts = [file.data_start + (file.size - file.data_start) * i // 16 for i in range(16)]
+            pieces = [(0, file.data_start), *((s, min(s + 4096, file.size)) for s in starts)]
+            for start, stop in pieces:
+                piece = bytearray(stop - start)
+                file.read_into(memoryview(piece), start, "the fingerprint")
+                digest.update(piece)
+        return digest.hexdigest()
+
+    def file_count(self) -> int:
+        """How many safetensors files the checkpoint has."""
+        return len(self._files)
+
+    def _source(self, name: str) -> _Source:
+        if name not in self._sources:
+            raise CheckpointError(
+                f"{name} is not in the checkpoint {self.path.name}",
+                hint="a shard may be missing: compare the folder with the hub's file list",
+            )
+        return self._sources[name]
+
+    def _collect(self, weight_map: dict[str, str] | None) -> None:
+        seen: dict[str, str] = {}
+        for file in self._files:
+            for stored in file.entries:
+                here = file.path.name
+                if weight_map and weight_map.get(stored, here) != here:
+                    continue  # the index decides which file holds a tensor stored twice
+                if stored in seen:
+                    raise CheckpointError(
+                        f"{stored} is in both {seen[stored]} and {here}",
+                        hint="remove the file that does not belong to this checkpoint",
+                    )
+                seen[stored] = here
+                if _SKIPPED.search(stored):
+                    self._skipped.append(stored)
+                elif not stored.endswith((_SCALE, "rotary_emb.inv_freq")):
+                    self._sources.update(_logical(file, stored))
+        for stored, shard in (weight_map or {}).items():
+            if seen.get(stored) != shard:
+                raise CheckpointError(
+                    f"{INDEX} says {stored} is in {shard}, but it is not there", hint=REFETCH
+                )
+
+    def _match_scales(self) -> None:
+        """Find every FP8 weight's scales and check their shapes; headers only."""
+        done: set[str] = set()
+        for name, source in self._sources.items():
+            if source.dtype not in _FP8 or name in done:
+                continue
+            trio = [name]
+            match = re.fullmatch(r"(.*\.self_attn\.)[qkv](_proj\.weight)", name)
+            if match:
+                names = [match[1] + c + match[2] for c in "qkv"]
+                if all(n in self._sources and self._sources[n].dtype in _FP8 for n in names):
+                    trio = names
+            self._match(trio)
+            done.update(trio)
+
+    def _match(self, names: list[str]) -> None:
+        scales = [self._scale_source(name) for name in names]
+        plain = [-(-self._sources[name].shape[0] // self._block[0]) for name in names]
+        found = [s.shape[0] for s in scales]
+        if found == plain:
+            for name, scale in zip(names, scales, strict=True):
+                self._scales[name] = _Scales((scale,))
+            return
+        tp = self.config.get("num_key_value_heads")
+        sizes = [self._sources[name].shape[0] for name in names]
+        if len(names) == 3 and isinstance(tp, int) and tp > 0 and not any(n % tp for n in sizes):
+            grid = fused_grid(sizes[0], sizes[1], sizes[2], tp, self._block[0])
+            if found == list(grid.counts):
+                for name, rows in zip(names, grid.rows, strict=True):
+                    self._scales[name] = _Scales(tuple(scales), rows)
+                return
+        wrong = next(i for i, (a, b) in enumerate(zip(found, plain, strict=True)) if a != b)
+        raise self._scale_error(names[wrong], f"{found[wrong]} rows", f"{plain[wrong]}")
+
+    def _scale_source(self, name: str) -> _Source:
+        source = self._sources[name]
+        scale_name = source.stored + _SCALE
+        entry = source.file.entries.get(scale_name)
+        if entry is None:
+            holder = next((f for f in self._files if scale_name in f.entries), None)
+            if holder is None:
+                raise CheckpointError(
+                    f"{source.file.path.name}: {name} is FP8 but {scale_name} is missing",
+                    hint="FP8 weights mean nothing without their scales; " + REFETCH,
+                )
+            entry = holder.entries[scale_name]
+            file = holder
+        else:
+            file = source.file
+        if len(source.shape) != 2 or source.stored != name:
+            raise CheckpointError(
+                f"{source.file.path.name}: {source.stored} is FP8 with shape {source.shape}",
+                hint="FP8 is read for split matrices as the hub's checkpoint stores them",
+            )
+        cols = -(-source.shape[1] // self._block[1])
+        if len(entry.shape) != 2 or entry.shape[1] != cols or entry.dtype not in _FLOATS:
+            raise self._scale_error(name, f"{entry.dtype} {list(entry.shape)}", f"{cols} columns")
+        return _Source(file, scale_name, entry.shape, entry.dtype)
+
+    def _scale_error(self, name: str, found: str, wanted: str) -> CheckpointError:
+        source = self._sources[name]
+        return CheckpointError(
+            f"{source.file.path.name}: the scales of {name} {list(source.shape)} have {found}, "
+            f"blocks of {self._block[0]} x {self._block[1]} need {wanted}",
+            hint="the file may be damaged, or config.json belongs to another checkpoint",
+        )
+
+    def _apply_scales(self, name: str, values: torch.Tensor, start: int, stop: int) -> None:
+        """Multiply rows start..stop of an FP8 tensor by their block scales, in place."""
+        scales = self._scales[name]
+        table = torch.cat([s.load(0, s.shape[0]).float() for s in scales.sources])
+        if not bool(table.isfinite().all()):
+            bad = next(s for s in scales.sources if not s.load(0, s.shape[0]).isfinite().all())
+            raise CheckpointError(
+                f"{bad.file.path.name}: {bad.stored} holds NaN or infinite scales", hint=REFETCH
+            )
+        if scales.rows is None:
+            index = torch.arange(start, stop) // self._block[0]
+        else:
+            index = scales.rows[start:stop]
+        per_row = table[index]  # (rows, column blocks)
+        width = self._block[1]
+        whole = values.shape[1] // width
+        if whole:
+            blocks = values[:, : whole * width].view(-1, whole, width)
+            blocks.mul_(per_row[:, :whole].unsqueeze(2))
+        if values.shape[1] > whole * width:
+            values[:, whole * width :].mul_(per_row[:, whole:])
+
+
+def _logical(file: TensorFile, stored: str) -> Iterator[tuple[str, _Source]]:
+    """The hub's names for one stored tensor; transformers fuses experts and renames sinks."""
+    entry = file.entries[stored]
+    fused = _FUSED.fullmatch(stored)
+    if fused is None or len(entry.shape) != 3:
+        name = re.sub(r"\.self_attn\.sinks$", ".self_attn.attention_sink_bias", stored)
+        yield name, _Source(file, stored, entry.shape, entry.dtype)
+        return
+    experts, rows, cols = entry.shape
+    parts = ("gate_proj", "up_proj") if fused[2] == "gate_up_proj" else ("down_proj",)
+    n = rows // len(parts)
+    for expert in range(experts):
+        for i, part in enumerate(parts):
+            name = f"{fused[1]}.{expert}.{part}.weight"
+            yield name, _Source(file, stored, (n, cols), entry.dtype, expert * rows + i * n)
+
+
+def _shards(folder: Path) -> tuple[list[str], dict[str, str] | None]:
+    """The checkpoint's safetensors file names, sorted, and the index's tensor -> file map."""
+    weight_map: dict[str, str] | None = None
+    if (folder / INDEX).exists():
+        index = read_json(folder / INDEX, error=CheckpointError, hint=REFETCH)
+        weight_map = index.get("weight_map")
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(v, str) and v == Path(v).name and v not in ("", "..")
+            for v in weight_map.values()
+        ):
+            raise CheckpointError(
+                f"{INDEX} has no usable weight_map (tensor name -> file name)", hint=REFETCH
+            )
+        names = set(weight_map.values())
+    elif (folder / "model.safetensors").exists():
+        names = {"model.safetensors"}
+    else:
+        names = {p.name for p in folder.glob("*.safetensors")}
+        for match in [m for n in names if (m := re.fullmatch(r"(.*)-\d+-of-(\d+)(\..*)", n))]:
+            width = len(match[2])
+            for i in range(int(match[2])):
+                names.add(f"{match[1]}-{i + 1:0{width}d}-of-{match[2]}{match[3]}")
+    names |= {p.name for p in folder.glob("*mtp*.safetensors")}
+    missing = sorted(n for n in names if not (folder / n).is_file())
+    if missing:
+        raise CheckpointError(
+            f"{missing[0]} is missing in {folder}"
+            + (f" (and {len(missing) - 1} more files)" if len(missing) > 1 else ""),
+            hint="fetch the missing files into the folder, then run this again",
+        )
+    if not names:
+        raise CheckpointError(
+            f"no .safetensors files in {folder}",
+            hint="give the folder of a Hugging Face checkpoint (a pack needs no conversion)",
+        )
+    return sorted(names), weight_map

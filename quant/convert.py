@@ -1,0 +1,302 @@
+"""Checkpoint -> pack, one file at a time: bounded memory, resumable after any kind of death.
+
+Decides what is stored how (`Recipe`) and in which file; asks `checkpoint` for rows and gives parts
+to the writer. Knows no arithmetic of a format. Called by the command line, the demo and tests.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from mimo_local import kernels
+from mimo_local.errors import (
+    CancelledError,
+    CheckpointError,
+    ConfigError,
+    DiskSpaceError,
+    UsageError,
+)
+from mimo_local.events import Progress
+from quant.checkpoint import Checkpoint
+from quant.formats import Parts, get_format
+from quant.inventory import EXPERT_PARTS, expected, expert_name, layer_of
+from quant.journal import Journal
+from quant.layout import TensorSpec, plan_experts
+from quant.pack import JOURNAL, OnProgress, Pack
+from quant.recipe import Job, Recipe, plan_bytes, plan_jobs
+from quant.writer import MANIFEST, PART, PackWriter, Record
+
+__all__ = ["Recipe", "convert", "plan_bytes"]
+
+CHUNK = 1 << 24
+"""Weights quantised at once: 64 MiB in float32."""
+SPARE = 16 << 20
+"""Bytes left free on the target beyond what the pack needs: journal, manifest, tokenizer files."""
+
+_COPIED = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+_MODEL_TYPES = ("mimo_v2_flash", "mimo_v2")
+
+
+def convert(
+    src: str | Path | Checkpoint,
+    dst: str | Path,
+    recipe: Recipe | None = None,
+    *,
+    on_progress: OnProgress | None = None,
+    cancel: Callable[[], bool] | None = None,
+) -> Pack:
+    """Make a pack of a checkpoint in folder `dst` and open it; run again after a death to resume.
+
+    Two runs give the same bytes, interrupted or not. Progress counts bytes of the source. Raises
+    CheckpointError, ConfigError, UsageError (folders), DiskSpaceError (before the first byte, or
+    when the disk fills up), CancelledError; finished files are always kept for the next run.
+    """
+    recipe = recipe or Recipe()
+    source = src if isinstance(src, Checkpoint) else Checkpoint.open(src)
+    target = Path(dst).absolute()
+    jobs = _checked_jobs(source, recipe)
+    head = _head(source, recipe)
+    if (target / MANIFEST).exists():
+        return _finished(target, head)
+    _check_target(source.path, target)
+    meter = _Meter(source.nbytes, on_progress)
+    writer = PackWriter(target)
+    journal = Journal(target / JOURNAL, head)
+    try:
+        done = _resumable(journal, target, jobs)
+        _check_space(target, sum(job.nbytes() for job in jobs if job.file not in done))
+        for job in jobs:
+            if job.file in done:
+                meter.skip(sum(source.stored_bytes(name) for name in job.names()))
+                continue
+            run = _Run(source, recipe, meter, cancel, f"{len(done)} of {len(jobs)} files")
+            done[job.file] = run.write(job, writer)
+            journal.add(done[job.file])
+        _finish(writer, source, head, jobs, done)
+    finally:
+        journal.close()
+    journal.path.unlink(missing_ok=True)
+    meter.finish()
+    return Pack.open(target)
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Writes one job's file, counting and asking whether to stop between pieces."""
+
+    source: Checkpoint
+    recipe: Recipe
+    meter: _Meter
+    cancel: Callable[[], bool] | None
+    kept: str
+
+    def write(self, job: Job, writer: PackWriter) -> Record:
+        if job.shapes is None:
+            return writer.tensors(job.file, job.specs, self._rows)
+        planned = plan_experts(job.file, job.layer, job.count, job.fmt, job.shapes)
+        return writer.experts(job.layer, planned, lambda e: self._expert(job, e))
+
+    def _rows(self, spec: TensorSpec) -> Iterator[Parts]:
+        """The tensor's parts, CHUNK weights at a time."""
+        fmt = get_format(spec.format)
+        rows = spec.shape[0] if spec.shape else 1
+        per_row = max(1, self.source.stored_bytes(spec.name) // max(rows, 1))
+        step = max(1, CHUNK // max(spec.shape[1] if len(spec.shape) > 1 else 1, 1))
+        for start in range(0, rows, step):
+            self._check_cancelled()
+            stop = min(start + step, rows)
+            w = self.source.read(spec.name, slice(start, stop))
+            yield fmt.pack(w, search=self.recipe.search)
+            self.meter.add((stop - start) * per_row, _stage(spec.name))
+        self.meter.add(self.source.stored_bytes(spec.name) - rows * per_row, _stage(spec.name))
+
+    def _expert(self, job: Job, expert: int) -> dict[str, Parts]:
+        self._check_cancelled()
+        fmt = get_format(job.fmt)
+        parts = {}
+        for matrix in EXPERT_PARTS:
+            name = expert_name(job.layer, expert, matrix)
+            parts[matrix] = fmt.pack(self.source.read(name), search=self.recipe.search)
+            self.meter.add(self.source.stored_bytes(name), _stage(name))
+        return parts
+
+    def _check_cancelled(self) -> None:
+        if self.cancel and self.cancel():
+            raise CancelledError(
+                f"the conversion was stopped; {self.kept} are finished and kept",
+                hint="run the same command again to go on from there",
+            )
+
+
+class _Meter:
+    """Bytes of source done, and when the rest will be, from the rate of the last 30 seconds."""
+
+    def __init__(
+        self,
+        total: int,
+        on_progress: OnProgress | None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._total = total
+        self._on_progress = on_progress
+        self._clock = clock
+        self._done = 0
+        self._marks = deque([(clock(), 0)])
+        self._told = float("-inf")
+
+    def skip(self, n: int) -> None:
+        """Bytes an earlier run did: they count as done and say nothing about the rate."""
+        self._done += n
+        self._marks = deque([(self._clock(), self._done)])
+
+    def add(self, n: int, stage: str) -> None:
+        self._done += n
+        now = self._clock()
+        self._marks.append((now, self._done))
+        while len(self._marks) > 2 and self._marks[1][0] <= now - 30:
+            self._marks.popleft()
+        if now - self._told >= 0.1:
+            self._tell(stage, now)
+
+    def finish(self) -> None:
+        self._done = self._total
+        self._tell("converted", self._clock())
+
+    def _tell(self, stage: str, now: float) -> None:
+        self._told = now
+        if self._on_progress:
+            since, base = self._marks[0]
+            rate = (self._done - base) / (now - since) if now > since else 0.0
+            eta = (self._total - self._done) / rate if rate > 0 else None
+            self._on_progress(Progress(stage, self._done, self._total, eta_s=eta))
+
+
+def _stage(name: str) -> str:
+    layer = layer_of(name)
+    if layer is not None:
+        return f"converting layer {layer}"
+    return "converting MTP layers" if ".mtp." in name else "converting embedding and head"
+
+
+def _checked_jobs(source: Checkpoint, recipe: Recipe) -> list[Job]:
+    """The plan for an opened checkpoint, after asking whether it holds a whole model."""
+    model_type = source.config.get("model_type")
+    if model_type not in _MODEL_TYPES:
+        raise ConfigError(
+            f"config.json: model_type is {model_type!r}",
+            hint=f"this version converts {' and '.join(_MODEL_TYPES)} checkpoints",
+        )
+    for name, shape in expected(source.config).items():
+        if source.shape(name) != shape:  # raises CheckpointError when there is none
+            raise CheckpointError(
+                f"{name} has shape {list(source.shape(name))}, config.json says {list(shape)}",
+                hint="config.json and the weights belong to different checkpoints",
+            )
+    shapes = {name: source.shape(name) for name in source.names()}
+    return plan_jobs(shapes, {name: source.dtype(name) for name in shapes}, recipe)
+
+
+def _head(source: Checkpoint, recipe: Recipe) -> dict[str, Any]:
+    """What makes two conversions the same; the journal's first line and part of the manifest."""
+    try:
+        version = metadata.version("mimo-local")
+    except metadata.PackageNotFoundError:
+        version = "unknown"
+    return {
+        "tool": f"mimo-local {version}",
+        "quantizer": "reference" if kernels.get() is None else "native",
+        "model_type": source.config["model_type"],
+        "recipe": asdict(recipe),
+        "source": {
+            "fingerprint": source.fingerprint(),
+            "files": source.file_count(),
+            "bytes": source.nbytes,
+            "tensors": len(source.names()),
+            "skipped": len(source.skipped()),
+        },
+    }
+
+
+def _finished(target: Path, head: dict[str, Any]) -> Pack:
+    """The pack that is already there, if it is the one asked for."""
+    pack = Pack.open(target)
+    other = [k for k in ("recipe", "source") if pack.manifest.get(k) != head[k]]
+    if other:
+        raise UsageError(
+            f"{target} already holds a finished pack with another {' and '.join(other)}",
+            hint="choose another folder, or delete this one to make the pack anew",
+        )
+    (target / JOURNAL).unlink(missing_ok=True)
+    return pack
+
+
+def _check_target(src: Path, target: Path) -> None:
+    """Refuse folders where a pack would mix with the source or with somebody's files."""
+    source, real = src.resolve(), target.resolve()
+    if real == source or source in real.parents or real in source.parents:
+        raise UsageError(
+            f"the target {target} and the checkpoint {src} lie inside each other",
+            hint="choose a folder outside the checkpoint",
+        )
+    if target.exists() and not target.is_dir():
+        raise UsageError(f"{target} is a file", hint="choose a folder for the pack")
+    if target.is_dir() and not (target / JOURNAL).exists() and any(target.iterdir()):
+        raise UsageError(
+            f"{target} is not empty", hint="choose an empty or a new folder for the pack"
+        )
+
+
+def _resumable(journal: Journal, target: Path, jobs: list[Job]) -> dict[str, Record]:
+    """Records of files that are there in full; leftovers of a killed run are removed."""
+    for leftover in target.glob("*" + PART):
+        leftover.unlink()
+    wanted = {job.file for job in jobs}
+    done = {}
+    for record in journal.records:
+        path = target / str(record.get("file"))
+        if path.name in wanted and path.is_file() and path.stat().st_size == record["bytes"]:
+            done[path.name] = record
+    return done
+
+
+def _check_space(target: Path, need: int) -> None:
+    free = shutil.disk_usage(target).free
+    if free < need + SPARE:
+        raise DiskSpaceError(
+            f"the pack needs {need / 1e9:.2f} GB more in {target}, {free / 1e9:.2f} GB are free",
+            hint=f"free {(need + SPARE - free) / 1e9:.2f} GB, or choose a folder on another disk",
+        )
+
+
+def _finish(
+    writer: PackWriter,
+    source: Checkpoint,
+    head: dict[str, Any],
+    jobs: list[Job],
+    done: dict[str, Record],
+) -> None:
+    """Copy the small files, then write pack.json."""
+    records = [done[job.file] for job in jobs]
+    records.append(writer.copy(source.path / "config.json"))
+    extra = sorted(p.name for p in source.path.glob("LICENSE*") if p.is_file())
+    for name in (*_COPIED, *extra):
+        if (source.path / name).is_file():
+            records.append(writer.copy(source.path / name))
+    fallbacks = [fallback for job in jobs for fallback in job.fallbacks]
+    writer.finish({**head, "fallbacks": fallbacks}, records)

@@ -1,0 +1,214 @@
+"""Writes a pack's files: whole or not at all, counted, hashed, durable, one by one.
+
+Knows layouts and checksums, not where the weights come from. Called by `convert`, through `pack`.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+
+from mimo_local.errors import DiskSpaceError, PackError
+from quant.formats import Parts
+from quant.layout import (
+    ExpertLayout,
+    TensorSpec,
+    expert_views,
+    experts_to_json,
+    plan_tensors,
+    tensor_to_json,
+)
+from quant.tensorfile import bytes_of
+
+FORMAT_VERSION = 1
+MANIFEST = "pack.json"
+PART = ".part"
+
+Record: TypeAlias = dict[str, Any]
+"""What the manifest says about one finished file; also one line of the conversion's journal."""
+
+
+class _Output:
+    """One file being written as `<name>.part`: counted, hashed, and put in place when complete."""
+
+    def __init__(self, path: Path, total: int) -> None:
+        self.path = path
+        self.part = path.with_name(path.name + PART)
+        self.total = total
+        self.done = 0
+        self._sha = hashlib.sha256()
+        with _writing(self.path, 0, total):
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+            self._fd = os.open(self.part, flags, 0o644)
+
+    def write(self, data: bytes | memoryview) -> None:
+        view = memoryview(data)
+        self._sha.update(view)
+        with _writing(self.path, self.done, self.total):
+            while view:
+                view = view[os.write(self._fd, view) :]
+        self.done += len(data)
+
+    def zeros_until(self, offset: int) -> None:
+        """Padding up to `offset`."""
+        self.write(bytes(offset - self.done))
+
+    def commit(self) -> Record:
+        """Make it durable, then give it its name; in this order a name means a whole file."""
+        if self.done != self.total:
+            raise ValueError(f"{self.path.name}: {self.done} of {self.total} bytes were given")
+        with _writing(self.path, self.done, self.total):
+            os.fsync(self._fd)
+            self.close()
+            self.part.replace(self.path)
+            sync_folder(self.path.parent)
+        return {"file": self.path.name, "bytes": self.total, "sha256": self._sha.hexdigest()}
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            os.close(fd)
+
+    def __enter__(self) -> _Output:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self.close()
+        if isinstance(error, DiskSpaceError):  # a full disk should not stay full of a torso
+            with suppress(OSError):
+                self.part.unlink()
+
+
+@contextmanager
+def _writing(path: Path, done: int, total: int) -> Iterator[None]:
+    """Turn what the operating system says about a full or read-only disk into our errors."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskSpaceError(
+                f"the disk is full: {path.name} needs {total} bytes, {done} were written",
+                hint="free some space and run the same command again: finished files are kept",
+            ) from e
+        raise PackError(
+            f"cannot write {path} ({e.strerror})",
+            hint="choose a folder on a disk you can write to",
+        ) from e
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+class PackWriter:
+    """Writes a pack's files one by one; each call returns the file's record for the manifest."""
+
+    def __init__(self, dst: Path) -> None:
+        """`dst` is created if need be; raises PackError when it cannot be."""
+        self.dst = dst
+        with _writing(dst, 0, 0):
+            dst.mkdir(parents=True, exist_ok=True)
+
+    def tensors(
+        self,
+        file: str,
+        specs: Iterable[TensorSpec],
+        produce: Callable[[TensorSpec], Iterator[Parts]],
+    ) -> Record:
+        """A file of single tensors; `produce(spec)` yields parts of consecutive row ranges.
+
+        The first part is written as it comes, the others (scales, at most a sixteenth of it) wait
+        for its end: so memory holds one row range of the largest tensor.
+        """
+        header, size, entries = plan_tensors(file, specs)
+        with _Output(self.dst / file, size) as out:
+            out.write(header)
+            for name, entry in entries.items():
+                spec = TensorSpec(name, entry.format, entry.shape)
+                first, *later = entry.parts
+                waiting: dict[str, list[torch.Tensor]] = {part: [] for part in later}
+                crc = 0
+                out.zeros_until(entry.parts[first][2])
+                for parts in produce(spec):
+                    data = bytes_of(parts[first])
+                    crc = zlib.crc32(data, crc)
+                    out.write(data)
+                    for part in later:
+                        waiting[part].append(parts[part])
+                for part in later:
+                    out.zeros_until(entry.parts[part][2])
+                    for piece in waiting[part]:
+                        data = bytes_of(piece)
+                        crc = zlib.crc32(data, crc)
+                        out.write(data)
+                entries[name] = replace(entry, crc32=crc)
+            record = out.commit()
+        return record | {"tensors": {n: tensor_to_json(e) for n, e in entries.items()}}
+
+    def experts(
+        self,
+        layer: int,
+        planned: tuple[bytes, int, ExpertLayout],
+        produce: Callable[[int], dict[str, Parts]],
+    ) -> Record:
+        """A layer's experts, from `layout.plan_experts`; `produce(e)` gives matrix -> parts."""
+        header, size, layout = planned
+        buffer = torch.zeros(layout.stride, dtype=torch.uint8)
+        views = expert_views(buffer, layout)
+        crcs = []
+        with _Output(self.dst / layout.file, size) as out:
+            out.write(header)
+            for expert in range(layout.count):
+                for matrix, parts in produce(expert).items():
+                    for part, tensor in parts.items():
+                        views[matrix][part].copy_(tensor)
+                data = bytes_of(buffer)
+                crcs.append(zlib.crc32(data))
+                out.write(data)
+            record = out.commit()
+        done = replace(layout, crc32=tuple(crcs))
+        return record | {"experts": {str(layer): experts_to_json(done)}}
+
+    def copy(self, source: Path, name: str | None = None) -> Record:
+        """A small file (config, tokenizer) as it is."""
+        return self.blob(name or source.name, source.read_bytes())
+
+    def blob(self, name: str, data: bytes) -> Record:
+        """A small file with this content."""
+        with _Output(self.dst / name, len(data)) as out:
+            out.write(data)
+            return out.commit()
+
+    def finish(self, about: dict[str, Any], records: Iterable[Record]) -> None:
+        """Write pack.json: from here on the folder is a pack."""
+        manifest: dict[str, Any] = {"format_version": FORMAT_VERSION, **about}
+        manifest |= {"files": {}, "tensors": {}, "experts": {}}
+        for record in records:
+            manifest["files"][record["file"]] = {k: record[k] for k in ("bytes", "sha256")}
+            manifest["tensors"] |= record.get("tensors", {})
+            manifest["experts"] |= record.get("experts", {})
+        manifest["manifest_sha256"] = manifest_digest(manifest)
+        self.blob(MANIFEST, (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
+
+
+def manifest_digest(manifest: dict[str, Any]) -> str:
+    """Hex sha256 of the manifest without its own `manifest_sha256`, in canonical JSON."""
+    body = {k: v for k, v in manifest.items() if k != "manifest_sha256"}
+    return hashlib.sha256(
+        json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
+    ).hexdigest()
