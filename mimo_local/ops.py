@@ -26,11 +26,13 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x (T, D), weight (N, D) float32 -> (T, N); few rows go one by one, see EXACT_ROWS."""
+def scores(x: torch.Tensor, router: torch.Tensor) -> torch.Tensor:
+    """x (T, D), router (E, D) float32 -> sigmoid(x router^T) (T, E)."""
     if 1 < x.shape[0] <= EXACT_ROWS:
-        return torch.cat([F.linear(x[i : i + 1], weight) for i in range(x.shape[0])])
-    return F.linear(x, weight)
+        # Row by row twice over: the product of one row takes another path than that of several, and
+        # torch's sigmoid rounds differently in the last few elements of a tensor.
+        return torch.cat([F.linear(x[i : i + 1], router).sigmoid_() for i in range(x.shape[0])])
+    return F.linear(x, router).sigmoid_()
 
 
 class RopeTable:
@@ -90,8 +92,8 @@ def route(
     Scores are sigmoids. The bias decides who is chosen, never how much a chosen expert counts. With
     groups, only the experts of the best groups (by their two best scores) stand for election.
     """
-    scores = linear(x, weight).sigmoid_()
-    election = scores + bias
+    score = scores(x, weight)
+    election = score + bias
     if config.n_group > 1:
         groups = election.view(x.shape[0], config.n_group, -1)
         strength = groups.topk(2, dim=-1).values.sum(-1)
@@ -99,7 +101,7 @@ def route(
         out = torch.ones_like(strength, dtype=torch.bool).scatter_(1, best, False)
         election = groups.masked_fill(out[..., None], -torch.inf).flatten(1)
     ids = election.topk(config.experts_per_token, dim=-1, sorted=False).indices
-    weights = scores.gather(1, ids)
+    weights = score.gather(1, ids)
     if config.norm_topk_prob:
         weights = weights / weights.sum(-1, keepdim=True).add_(1e-20)
     if config.routed_scaling_factor != 1.0:

@@ -212,7 +212,7 @@ def oracle(d: dict[str, Any], state: dict[str, torch.Tensor]) -> Any:
     from transformers.models.mimo_v2_flash.modeling_mimo_v2_flash import MiMoV2FlashAttention
 
     hf = MiMoV2FlashConfig(**d)
-    hf._attn_implementation = "eager"
+    hf._attn_implementation = hf._experts_implementation = "eager"
     model = MiMoV2FlashForCausalLM(hf).float().eval()
     for i, layer in enumerate(model.model.layers):
         kind = "swa_" if d["hybrid_layer_pattern"][i] else ""
@@ -228,15 +228,17 @@ def oracle(d: dict[str, Any], state: dict[str, torch.Tensor]) -> Any:
         has_sink = f"model.layers.{i}.self_attn.attention_sink_bias" in state
         module.sinks = torch.nn.Parameter(torch.empty(heads)) if has_sink else None
         layer.self_attn = module
+        dim = int(own.head_dim * d["partial_rotary_factor"])
+        theta = hf.rope_parameters[hf.layer_types[i]]["rope_theta"]
+        rope = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+        setattr(model.model.rotary_emb, f"{hf.layer_types[i]}_inv_freq", rope)
     missing, unexpected = model.load_state_dict(_oracle_names(d, state), strict=False)
     assert not unexpected, unexpected
     assert not missing or (d["tie_word_embeddings"] and missing == ["lm_head.weight"]), missing
     return model
 
 
-def _oracle_names(
-    d: dict[str, Any], state: dict[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
+def _oracle_names(d: dict[str, Any], state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     out = {}
     for name, tensor in state.items():
         if ".mtp." not in name and ".experts." not in name:
