@@ -77,6 +77,7 @@ class Checkpoint:
         self._files = files
         self._sources: dict[str, _Source] = {}
         self._scales: dict[str, _Scales] = {}
+        self._own_scale: dict[str, _Source] = {}
         self._skipped: list[str] = []
         quantization = config.get("quantization_config")
         size = quantization.get("weight_block_size") if isinstance(quantization, dict) else None
@@ -124,9 +125,8 @@ class Checkpoint:
 
     def stored_bytes(self, name: str) -> int:
         """Bytes the tensor takes in the checkpoint, its own scales included."""
-        source = self._source(name)
-        scale = source.file.entries.get(source.stored + _SCALE)
-        return source.nbytes + (scale.nbytes if scale else 0)
+        scale = self._own_scale.get(name)
+        return self._source(name).nbytes + (scale.nbytes if scale else 0)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Logical shape."""
@@ -273,7 +273,9 @@ class Checkpoint:
         cols = -(-source.shape[1] // self._block[1])
         if len(entry.shape) != 2 or entry.shape[1] != cols or entry.dtype not in _FLOATS:
             raise self._scale_error(name, f"{entry.dtype} {list(entry.shape)}", f"{cols} columns")
-        return _Source(file, scale_name, entry.shape, entry.dtype)
+        scale = _Source(file, scale_name, entry.shape, entry.dtype)
+        self._own_scale[name] = scale
+        return scale
 
     def _scale_error(self, name: str, found: str, wanted: str) -> CheckpointError:
         source = self._sources[name]

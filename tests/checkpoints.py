@@ -90,7 +90,7 @@ def write_folder(
     if shards == 1 and not (mtp and mtp_in_index):
         save_file({n: tensors[n] for n in main}, folder / "model.safetensors")
     else:
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for i in range(shards):
             names = main[i::shards]  # neighbours in different files: a weight away from its scales
             file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
@@ -177,7 +177,8 @@ def write_fp8(
     full = [f"model.layers.{i}." for i, s in enumerate(config["hybrid_layer_pattern"]) if not s]
     for prefix in full:
         names = {n: f"{prefix}self_attn.{n}_proj.weight" for n in "qkv"}
-        fused = fp8_fused(*(weights[names[n]] for n in "qkv"), tp)
+        q, k, v = (weights[names[n]] for n in "qkv")
+        fused = fp8_fused(q, k, v, tp)
         for n, (codes, scales, exact) in fused.items():
             stored |= {names[n]: codes, names[n] + "_scale_inv": scales}
             weights[names[n]] = exact
