@@ -22,6 +22,7 @@ from mimo_local.events import Done, Event, Failed, FinishReason, Prefill, Stats,
 
 if TYPE_CHECKING:
     import torch
+
     from mimo_local.sampler import SamplingParams
 
 
@@ -33,6 +34,9 @@ class FakeTokenizer:
 
     stop_ids: tuple[int, ...] = (0,)
     vocab_size = 0x110000
+
+    def token_id(self, text: str) -> int | None:
+        return None
 
     def encode(self, text: str) -> list[int]:
         return [ord(c) for c in text]
@@ -237,6 +241,15 @@ class FakeEngine:
 # ---- for generate and engine ---------------------------------------------------------------------
 
 
+@dataclass(eq=False)
+class FakeSnapshot:
+    length: int
+    held: list[int]
+    oldest: int
+    stale: bool = False
+    nbytes: int = 0
+
+
 class FakeCache:
     """Holds ids instead of keys; may be truncated by at most `slack` rows once past `window`."""
 
@@ -245,6 +258,7 @@ class FakeCache:
         self.held: list[int] = []
         self.oldest = 0
         """First position whose row is still there; truncating below oldest + window must fail."""
+        self._snapshots: list[FakeSnapshot] = []
 
     @property
     def length(self) -> int:
@@ -258,18 +272,33 @@ class FakeCache:
         self.held.extend(ids)
         self.oldest = max(self.oldest, self.length - self.window - self.slack)
 
+    def can_truncate(self, n: int) -> bool:
+        return 0 <= n <= self.length and self.oldest <= max(0, n - self.window)
+
     def truncate(self, n: int) -> None:
-        if not 0 <= n <= self.length:
-            raise ValueError(f"cannot truncate {self.length} rows to {n}")
-        if self.oldest > max(0, n - self.window):
-            raise ValueError(f"the ring no longer holds what {n} rows need")
+        if not self.can_truncate(n):
+            raise UsageError(f"cannot cut {self.length} rows to {n}", hint="restore a snapshot")
+        self._cut(n)
+
+    def clear(self) -> None:
+        self._cut(0)
+        self.oldest = 0
+
+    def snapshot(self) -> FakeSnapshot:
+        snapshot = FakeSnapshot(self.length, list(self.held), self.oldest)
+        self._snapshots.append(snapshot)
+        return snapshot
+
+    def restore(self, snapshot: FakeSnapshot) -> None:
+        if snapshot.stale or snapshot not in self._snapshots:
+            raise UsageError("the snapshot is stale", hint="use an earlier one")
+        self._cut(snapshot.length)
+        self.held, self.oldest = list(snapshot.held), snapshot.oldest
+
+    def _cut(self, n: int) -> None:
+        for snapshot in self._snapshots:
+            snapshot.stale |= snapshot.length > n
         del self.held[n:]
-
-    def snapshot(self) -> tuple[list[int], int]:
-        return list(self.held), self.oldest
-
-    def restore(self, snapshot: tuple[list[int], int]) -> None:
-        self.held, self.oldest = list(snapshot[0]), snapshot[1]
 
 
 class FakeModel:
@@ -306,22 +335,24 @@ class FakeModel:
 
         rows = []
         for segment in segments:
+            held = list(segment.cache.held)
             for token in segment.ids.tolist():
                 if self.step_s:
                     time.sleep(self.step_s)
-                if self.fail_at is not None and segment.cache.length >= self.fail_at:
+                if self.fail_at is not None and len(held) >= self.fail_at:
                     raise RuntimeError("the fake model fails here")
-                segment.cache.extend([token])
+                held.append(token)
                 self.rows += 1
-                digest = zlib.crc32(repr(segment.cache.held).encode())
-                rows.append([float(segment.cache.length), float(digest % (1 << 20))])
+                digest = zlib.crc32(repr(held).encode())
+                rows.append([float(len(held)), float(digest % (1 << 20))])
+            segment.cache.extend(held[segment.cache.length :])  # only a whole step is committed
         return torch.tensor(rows, dtype=torch.float32)
 
     def prefill(
         self,
         segment: Any,
         *,
-        chunk: int = 512,
+        chunk: int = 8,
         on_progress: Callable[..., None] | None = None,
         cancel: Callable[[], bool] | None = None,
     ) -> torch.Tensor:
