@@ -336,7 +336,7 @@ def expected_layer_s(
 def _assumptions(budget: Budget, layout: _Layout) -> tuple[str, ...]:
     def rate(name: str, value: float, share: float) -> str:
         how = "measured" if name.split()[0].lower() in budget.measured else "assumed"
-        return f"{name} {value / GB:.3g} GB/s ({how}), {share:.0%} of it reached"
+        return f"{name} {value / GB:.4g} GB/s ({how}), {share:.0%} of it reached"
 
     lines = [rate("RAM", budget.ram_rate, RAM_EFF), rate("disk", budget.disk_rate, DISK_EFF)]
     if layout.vram or layout.vram_experts:

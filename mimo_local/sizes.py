@@ -6,12 +6,14 @@ prices to `quant.formats`. Knows no machine. Called by plan, benchmark and cli.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from mimo_local.config import LayerSpec, ModelConfig
-from mimo_local.errors import UsageError
+from mimo_local.errors import PackError, UsageError
+from quant.inventory import role_of
 
 GB = 1_000_000_000
 ALIGN = 4096  # an expert starts on a page, so that one direct read brings it
@@ -171,6 +173,31 @@ class PackSizes:
             expert=-(-one // ALIGN) * ALIGN,
             experts=count,
             exact=4 * exact_weights(config),
+            **{kind: size[kind] for kind in KINDS},
+        )
+
+    @classmethod
+    def of_pack(cls, manifest: Mapping[str, Any]) -> PackSizes:
+        """What a finished pack holds, from its parsed pack.json; PackError if that is damaged."""
+        size = dict.fromkeys((*KINDS, "experts", "exact"), 0)
+        try:
+            for name, entry in manifest["tensors"].items():
+                shape = tuple(entry["shape"])
+                kind = role_of(name, shape)
+                exact = len(shape) != 2
+                size[kind] += (
+                    4 * math.prod(shape) if exact else matrix_bytes(entry["format"], *shape)
+                )
+            layers = [(int(e["count"]), int(e["stride"])) for e in manifest["experts"].values()]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise PackError(
+                f"pack.json is damaged: {type(error).__name__}: {error}",
+                hint="check the pack with `mimo verify`",
+            ) from error
+        return cls(
+            expert=max((stride for _, stride in layers), default=0),
+            experts=sum(count for count, _ in layers),
+            exact=size["exact"],
             **{kind: size[kind] for kind in KINDS},
         )
 

@@ -1,0 +1,232 @@
+"""Prefill and decode speed of a loaded model, in llama-bench's terms: pp512 and tg32, mean ± sd.
+
+Drives the model itself with random ids: no text, no sampling, no stop ids, so that a figure counts
+one thing. Knows no terminal; the CLI prints. Real numbers only: what was not run is not reported.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from mimo_local.errors import CancelledError, UsageError
+from mimo_local.events import Progress
+
+if TYPE_CHECKING:
+    from mimo_local.hardware import Hardware
+    from mimo_local.model import Model
+
+SEED = 20251217  # the same ids in every run: routing, and so the bytes read, do not change
+
+
+class Runner(Protocol):
+    """A model with one growing sequence, as the benchmark needs it."""
+
+    vocab_size: int
+    max_context: int
+
+    def reset(self) -> None:
+        """Forget the sequence."""
+
+    def prefill(self, ids: Sequence[int]) -> None:
+        """Process `ids` at once, up to the logits of the last one."""
+
+    def step(self, token: int) -> None:
+        """Process one id, up to its logits."""
+
+    def set_threads(self, n: int) -> None:
+        """Use `n` CPU threads from now on."""
+
+
+class ModelRunner:
+    """A `Model` and a cache of its own."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.vocab_size = model.config.vocab_size
+        self.max_context = model.config.max_context
+        self.reset()
+
+    def reset(self) -> None:
+        """Start a new cache."""
+        self.cache = self.model.new_cache()
+
+    def prefill(self, ids: Sequence[int]) -> None:
+        """Whole prompt; only the last row's logits are computed, as in an answer."""
+        import torch
+
+        from mimo_local.model import Segment
+
+        segment = Segment(torch.tensor(ids, dtype=torch.int64), self.cache)
+        self.model.logits(self.model.prefill(segment))
+
+    def step(self, token: int) -> None:
+        """One decode step."""
+        import torch
+
+        from mimo_local.model import Segment
+
+        segment = Segment(torch.tensor([token], dtype=torch.int64), self.cache)
+        self.model.logits(self.model.forward([segment]))
+
+    def set_threads(self, n: int) -> None:
+        """Kernel threads and torch's."""
+        import torch
+
+        from mimo_local import kernels
+
+        torch.set_num_threads(n)
+        native = kernels.get()
+        if native is not None:
+            native.set_threads(n)
+
+
+@dataclass(frozen=True, slots=True)
+class Test:
+    """`pp`: process `tokens` ids at once; `tg`: generate `tokens` one by one; after `depth` ids."""
+
+    __test__ = False  # pytest: this is no test class
+
+    kind: str
+    tokens: int
+    depth: int = 0
+
+    @property
+    def name(self) -> str:
+        """As llama-bench writes it: `pp512`, `tg32 @ d2048`."""
+        return f"{self.kind}{self.tokens}" + (f" @ d{self.depth}" if self.depth else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Tokens per second of every repetition of one test."""
+
+    test: Test
+    threads: int
+    samples: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Mean tokens/s."""
+        return statistics.fmean(self.samples)
+
+    @property
+    def sd(self) -> float:
+        """Sample standard deviation, 0 for one repetition."""
+        return statistics.stdev(self.samples) if len(self.samples) > 1 else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for the JSON line."""
+        return {
+            "test": self.test.name,
+            "kind": self.test.kind,
+            "tokens": self.test.tokens,
+            "depth": self.test.depth,
+            "threads": self.threads,
+            "tokens_per_s": self.mean,
+            "sd": self.sd,
+            "samples": list(self.samples),
+        }
+
+
+def plan_tests(
+    prompts: Iterable[int], generate: Iterable[int], depths: Iterable[int] = (0,)
+) -> tuple[Test, ...]:
+    """All pp and tg tests at all depths; zeros mean "none of this kind", as in llama-bench."""
+    prompts, generate = tuple(prompts), tuple(generate)
+    tests = [
+        Test(kind, n, depth)
+        for depth in depths
+        for kind, counts in (("pp", prompts), ("tg", generate))
+        for n in counts
+        if n
+    ]
+    if not tests:
+        raise UsageError("there is nothing to measure", hint="give `-p 512` or `-n 32`")
+    return tuple(tests)
+
+
+def run(
+    runner: Runner,
+    tests: Sequence[Test],
+    *,
+    threads: Sequence[int],
+    reps: int = 3,
+    on_progress: Callable[[Progress], None] | None = None,
+    cancel: Callable[[], bool] | None = None,
+) -> list[Result]:
+    """Measure every test with every thread count `reps` times after one run that is not counted."""
+    for test in tests:
+        if test.tokens + test.depth > runner.max_context:
+            raise UsageError(
+                f"`{test.name}` needs {test.tokens + test.depth} tokens of context, "
+                f"the model has {runner.max_context}",
+                hint="use smaller -p, -n or -d",
+            )
+    if reps < 1:
+        raise UsageError(f"{reps} repetitions measure nothing", hint="use `--reps 1` or more")
+    results, done, total = [], 0, len(tests) * len(threads) * (reps + 1)
+    for count in threads:
+        runner.set_threads(count)
+        for test in tests:
+            samples = []
+            for rep in range(reps + 1):
+                if cancel is not None and cancel():
+                    raise CancelledError("the benchmark was stopped", hint="use fewer --reps")
+                rate = measure(runner, test)
+                done += 1
+                if rep:
+                    samples.append(rate)
+                if on_progress is not None:
+                    on_progress(Progress(f"measuring {test.name}", done, total, "runs"))
+            results.append(Result(test, count, tuple(samples)))
+    return results
+
+
+def measure(runner: Runner, test: Test) -> float:
+    """Tokens per second of one run of `test`, the ids at `depth` not timed."""
+    source = random.Random(SEED)
+    ids = [source.randrange(runner.vocab_size) for _ in range(test.depth + test.tokens)]
+    runner.reset()
+    if test.depth:
+        runner.prefill(ids[: test.depth])
+    start = time.perf_counter()
+    if test.kind == "pp":
+        runner.prefill(ids[test.depth :])
+    else:
+        for token in ids[test.depth :]:
+            runner.step(token)
+    return test.tokens / (time.perf_counter() - start)
+
+
+def peak_rss() -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def document(
+    results: Sequence[Result], *, hardware: Hardware, model: str, load_s: float
+) -> dict[str, Any]:
+    """Everything a comparison needs, as one JSON document."""
+    from mimo_local import __version__
+
+    machine = asdict(hardware)
+    # Free space changes from run to run and the path is somebody's home: neither is the machine.
+    machine["disk"] = {"filesystem": hardware.disk.filesystem}
+    return {
+        "tool": "mimo bench",
+        "version": __version__,
+        "model": model,
+        "machine": machine,
+        "load_s": round(load_s, 3),
+        "peak_rss_bytes": peak_rss(),
+        "results": [result.to_dict() for result in results],
+    }

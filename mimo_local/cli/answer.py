@@ -1,0 +1,285 @@
+"""One answer to the terminal: text to stdout as it comes, thinking and notes to stderr.
+
+The first Ctrl-C cancels the stream and keeps what there is (exit 130); the second one interrupts.
+Called by `mimo chat`; knows the engine only through `models.open_engine` and its events.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mimo_local.chat import PRESETS, Chat, Message, Splitter
+from mimo_local.cli import models
+from mimo_local.cli.status import Status, colours, say
+from mimo_local.errors import DocumentError, ExitCode, UsageError
+from mimo_local.events import Done, Failed, Prefill, Stats, Token
+from mimo_local.sampler import SamplingParams
+
+if TYPE_CHECKING:
+    from mimo_local.engine import Engine, Session
+    from mimo_local.settings import Settings
+
+DIM, PLAIN = "\x1b[2m", "\x1b[0m"
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """How an answer is shown, and the texts that end it."""
+
+    json: bool = False
+    stats: bool = False
+    plain: bool = False
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class Answer:
+    """What came of one request."""
+
+    text: str = ""
+    thinking: str = ""
+    reason: str = ""
+    stats: Stats = field(default_factory=Stats)
+
+
+# -- the question ----------------------------------------------------------------------------------
+
+
+def question(prompt: str | None, files: Sequence[str]) -> str | None:
+    """Documents, then piped text, then the prompt as one message; None if there is nothing."""
+    parts = [document(name) for name in files]
+    if "-" not in files and not sys.stdin.isatty():
+        parts.append(piped(sys.stdin.buffer.read()))
+    parts.append((prompt or "").strip())
+    parts = [part for part in parts if part]
+    if not parts and (prompt is not None or files):
+        raise UsageError("the prompt is empty", hint='try `mimo chat "your question"`')
+    return "\n\n".join(parts) or None
+
+
+def piped(data: bytes) -> str:
+    """Piped text as it is; a PDF or the like through `documents`."""
+    if b"\0" not in data and not data.startswith(b"%PDF"):
+        with suppress(UnicodeDecodeError):
+            return data.decode("utf-8-sig").strip()
+    return document("-", data)
+
+
+def document(name: str, data: bytes | None = None) -> str:
+    """The text of a file (`-`: stdin) under its name; what could not be read is said on stderr."""
+    from mimo_local import documents
+
+    if name == "-":
+        data = sys.stdin.buffer.read() if data is None else data
+        found = documents.read(data, name="stdin")
+    else:
+        found = documents.read(Path(name), name=name)
+    for warning in found.warnings:
+        say(f"{found.name}: {warning}")
+    text = "\n\n".join(page.text.strip() for page in found.pages if page.text.strip())
+    if not text:
+        raise DocumentError(f"there is no text in {found.name}", hint="this tool does no OCR")
+    return f"Document {found.name}:\n\n{text}"
+
+
+def overrides(settings: Settings) -> dict[str, Any]:
+    """Sampling values the user set anywhere; they win over the preset's."""
+    names = [f.name for f in fields(SamplingParams)]
+    values = {name: getattr(settings, name) for name in names}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def sampling(settings: Settings) -> SamplingParams:
+    """The preset's values and the user's own on top; UsageError for an unknown preset."""
+    preset = PRESETS.get(settings.preset)
+    if preset is None:
+        raise UsageError(
+            f"there is no preset `{settings.preset}`", hint=f"presets: {', '.join(PRESETS)}"
+        )
+    names = {f.name for f in fields(SamplingParams)} & {f.name for f in fields(preset)}
+    return SamplingParams(**{n: getattr(preset, n) for n in names} | overrides(settings))
+
+
+# -- the answer ------------------------------------------------------------------------------------
+
+
+def once(settings: Settings, text: str, look: Look) -> int:
+    """One question, one answer, the exit status."""
+    params = sampling(settings)
+    engine = models.open_engine(settings)
+    try:
+        chat = new_chat(settings)
+        chat.messages.append(Message("user", text))
+        found = ask(engine, engine.new_session(), chat, params, look)
+        if look.json:
+            print(json.dumps(as_dict(found, engine.name), ensure_ascii=False))
+    finally:
+        engine.close()
+    return ExitCode.INTERRUPTED if found.reason == "cancelled" else ExitCode.OK
+
+
+def lines(settings: Settings, look: Look) -> int:
+    """A chat without a window: a line is a message, end of input or /bye ends it."""
+    params = sampling(settings)
+    engine = models.open_engine(settings)
+    say("type a message; /bye or Ctrl-D ends the chat, Ctrl-C stops an answer")
+    try:
+        chat, session = new_chat(settings), engine.new_session()
+        while (text := _typed()) is not None:
+            if not text:
+                continue
+            chat.messages.append(Message("user", text))
+            found = ask(engine, session, chat, params, look)
+            if look.json:
+                print(json.dumps(as_dict(found, engine.name), ensure_ascii=False), flush=True)
+            chat.messages.append(Message("assistant", found.text, found.thinking))
+    finally:
+        engine.close()
+    return ExitCode.OK
+
+
+def new_chat(settings: Settings) -> Chat:
+    """An empty chat as the settings want it."""
+    more = {} if settings.system is None else {"system": settings.system}
+    return Chat(messages=[], preset=settings.preset, thinking=settings.think, **more)
+
+
+def ask(engine: Engine, session: Session, chat: Chat, params: SamplingParams, look: Look) -> Answer:
+    """Stream the answer to the chat's last message; raises what the engine reports as failed."""
+    if engine.tokenizer is None:
+        raise UsageError(
+            f"{engine.name} has no tokenizer files", hint="chat needs a model made with them"
+        )
+    stream = engine.submit(session, chat.render(engine.tokenizer), params, stop=look.stop)
+    status, screen, splitter = Status(), _Screen(look), Splitter()
+    found = Answer(reason="cancelled")
+    with on_interrupt(stream.cancel):
+        for event in stream:
+            match event:
+                case Prefill():
+                    if event.done < event.total:
+                        status(event)
+                case Token():
+                    status.clear()
+                    screen.show(found, splitter.push(event.text))
+                case Done():
+                    found.reason, found.stats = event.reason, event.stats
+                case Failed():
+                    status.clear()
+                    screen.end()
+                    raise event.error
+    status.clear()
+    screen.show(found, splitter.flush())
+    screen.end()
+    for note in notes(found, look, params):
+        say(note)
+    return found
+
+
+@contextmanager
+def on_interrupt(cancel: Callable[[], None]) -> Iterator[None]:
+    """Ctrl-C calls `cancel` once, after that it is an interrupt again."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def first(*_: object) -> None:
+        signal.signal(signal.SIGINT, before)
+        cancel()
+
+    signal.signal(signal.SIGINT, first)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def notes(found: Answer, look: Look, params: SamplingParams) -> Iterator[str]:
+    """Lines for stderr after the answer: why it ended early, and the figures if asked for."""
+    match found.reason:
+        case "cancelled":
+            yield "stopped"
+        case "length":
+            yield f"stopped after {params.max_tokens} tokens: --max-tokens allows more"
+        case "context":
+            yield "stopped: the context is full"
+    if look.stats:
+        s = found.stats
+        yield (
+            f"prompt {s.prompt_tokens} tokens ({s.cached_tokens} cached) "
+            f"{s.prefill_tokens_per_s:.1f} t/s | answer {s.completion_tokens} tokens "
+            f"{s.decode_tokens_per_s:.1f} t/s | context {s.context_used} of {s.context_limit} "
+            f"| cache {s.cache_bytes / 1e6:.1f} MB | {s.kernel}"
+        )
+
+
+def as_dict(found: Answer, model: str) -> dict[str, Any]:
+    """The one document of --json."""
+    speeds = {
+        "prefill_tokens_per_s": found.stats.prefill_tokens_per_s,
+        "decode_tokens_per_s": found.stats.decode_tokens_per_s,
+    }
+    return {
+        "model": model,
+        "answer": found.text,
+        "thinking": found.thinking,
+        "finish_reason": found.reason,
+        "stats": asdict(found.stats) | speeds,
+    }
+
+
+class _Screen:
+    """Writes pieces where they belong, and a line break between thinking and answer."""
+
+    def __init__(self, look: Look) -> None:
+        self._json = look.json
+        self._dim = colours(sys.stderr) and not look.plain
+        self._last = ""
+        self._open = ""  # the stream whose line is not ended yet
+
+    def show(self, found: Answer, pieces: Sequence[Any]) -> None:
+        """Add pieces to `found` and to the terminal."""
+        for piece in pieces:
+            if piece.kind == "thinking":
+                found.thinking += piece.text
+                if not self._json:
+                    text = f"{DIM}{piece.text}{PLAIN}" if self._dim else piece.text
+                    self._write("thinking", text, piece.text)
+                continue
+            text = piece.text if found.text else piece.text.lstrip("\n")
+            found.text += text
+            if not self._json and text:
+                if self._open == "thinking":
+                    self.end()
+                self._write("answer", text, text)
+
+    def end(self) -> None:
+        """End the open line."""
+        if self._open and not self._last.endswith("\n"):
+            print(file=sys.stderr if self._open == "thinking" else sys.stdout, flush=True)
+        self._open = ""
+
+    def _write(self, kind: str, shown: str, text: str) -> None:
+        if text:
+            print(shown, end="", file=sys.stderr if kind == "thinking" else sys.stdout, flush=True)
+            self._open, self._last = kind, text
+
+
+def _typed() -> str | None:
+    """The next message, or None at the end of input."""
+    try:
+        print("> ", end="", file=sys.stderr, flush=True)
+        text = sys.stdin.readline()
+    except KeyboardInterrupt:
+        say("\nCtrl-D ends the chat")
+        return ""
+    return None if not text or text.strip() == "/bye" else text.strip()

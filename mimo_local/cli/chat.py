@@ -1,0 +1,112 @@
+"""`mimo chat`: one answer on stdout, or the chat window when there is nothing to answer.
+
+Options become Settings; files are read by `documents`; the answering itself is in `answer`.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mimo_local.cli import models
+from mimo_local.cli.models import (
+    ContextOption,
+    JsonOption,
+    MaxTokensOption,
+    ModelOption,
+    SeedOption,
+    ThreadsOption,
+    option,
+)
+from mimo_local.errors import UsageError
+from mimo_local.settings import Settings, describe
+
+if TYPE_CHECKING:
+    from tui.bridge import ChatDefaults
+
+Prompt = Annotated[
+    str | None, typer.Argument(help="what to answer; piped text is put before it", metavar="PROMPT")
+]
+Files = Annotated[
+    list[str] | None,
+    typer.Option("-f", "--file", help="add a document; repeatable, - is stdin", metavar="FILE"),
+]
+Stops = Annotated[
+    list[str] | None,
+    typer.Option("--stop", help="end the answer before this text; repeatable", metavar="TEXT"),
+]
+Preset = Annotated[str | None, option("preset", metavar="NAME")]
+Temperature = Annotated[float | None, option("temperature", metavar="X")]
+TopP = Annotated[float | None, option("top_p", metavar="X")]
+TopK = Annotated[int | None, option("top_k", metavar="N")]
+MinP = Annotated[float | None, option("min_p", metavar="X")]
+Penalty = Annotated[float | None, option("repetition_penalty", metavar="X")]
+System = Annotated[str | None, option("system", "-s", "--system", metavar="TEXT")]
+Think = Annotated[bool | None, typer.Option("--think/--no-think", help=describe("think"))]
+Stats = Annotated[bool, typer.Option("--stats", help="print speeds and token counts on stderr")]
+Plain = Annotated[
+    bool, typer.Option("--plain", help="chat line by line instead of in a window, no colours")
+]
+
+
+def chat(
+    prompt: Prompt = None,
+    file: Files = None,
+    model: ModelOption = None,
+    preset: Preset = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    repetition_penalty: Penalty = None,
+    max_tokens: MaxTokensOption = None,
+    seed: SeedOption = None,
+    system: System = None,
+    think: Think = None,
+    stop: Stops = None,
+    context: ContextOption = None,
+    threads: ThreadsOption = None,
+    json: JsonOption = False,
+    stats: Stats = False,
+    plain: Plain = False,
+) -> int:
+    """Answer one prompt, or open the chat window.
+
+    The window opens when there is no PROMPT, no file and no piped text. The answer goes to stdout,
+    everything else to stderr. Ctrl-C stops the answer and keeps it.
+    """
+    flags = {name: value for name, value in locals().items() if name in Settings.__slots__}
+    settings = Settings.resolve(**flags)
+    from mimo_local.cli import answer
+
+    question = answer.question(prompt, tuple(file or ()))
+    look = answer.Look(json=json, stats=stats, plain=plain, stop=tuple(stop or ()))
+    if question is not None:
+        return answer.once(settings, question, look)
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise UsageError("there is no prompt", hint='try `mimo chat "your question"`')
+    return answer.lines(settings, look) if plain or json else window(settings, look.stop)
+
+
+def window(settings: Settings, stop: tuple[str, ...]) -> int:
+    """The chat window; the model is chosen before, so that the demo's first build shows here."""
+    chosen = models.choose(settings)
+    from tui.app import run
+
+    return run(chosen, defaults(chosen, stop))
+
+
+def defaults(settings: Settings, stop: tuple[str, ...]) -> ChatDefaults:
+    """What a new chat of the window starts with."""
+    from mimo_local.cli.answer import overrides
+    from tui.bridge import ChatDefaults
+
+    return ChatDefaults(
+        preset=settings.preset,
+        system=settings.system or "",
+        thinking=settings.think,
+        overrides=overrides(settings),
+        stop=stop,
+    )

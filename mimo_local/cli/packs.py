@@ -1,0 +1,160 @@
+"""`mimo quantize`, `mimo verify`, `mimo demo`: making and checking packs.
+
+Predicts size and time before it writes; shows progress on stderr and the pack's path on stdout.
+"""
+
+from __future__ import annotations
+
+import json as jsonlib
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mimo_local.cli import models
+from mimo_local.cli.models import JsonOption
+from mimo_local.cli.status import Status, amount, duration, say
+from mimo_local.errors import CancelledError, ExitCode
+from mimo_local.settings import Paths
+
+if TYPE_CHECKING:
+    from quant.checkpoint import Checkpoint
+    from quant.convert import Recipe
+
+Source = Annotated[Path, typer.Argument(help="folder of a checkpoint", metavar="SRC")]
+Target = Annotated[
+    Path, typer.Argument(help="folder for the pack, or a name for it", metavar="DST")
+]
+Format = Annotated[
+    str, typer.Option("--format", help="nf4: experts at 4 bit, the rest at 8; or int8", metavar="F")
+]
+NoSearch = Annotated[
+    bool, typer.Option("--no-search", help="plain largest-value scales: faster, less exact")
+]
+Yes = Annotated[bool, typer.Option("-y", "--yes", help="do not ask before a long conversion")]
+ASK_S = 600  # a conversion predicted to take longer is confirmed first
+
+
+def _part(name: str, what: str) -> object:
+    return typer.Option(f"--{name}", help=f"format of {what}: nf4, int8, bf16", metavar="F")
+
+
+Attention = Annotated[str | None, _part("attention", "the attention matrices")]
+Dense = Annotated[str | None, _part("dense", "dense layers")]
+Head = Annotated[str | None, _part("head", "the output head and the embedding")]
+Mtp = Annotated[str | None, _part("mtp", "the drafting layers")]
+
+
+def quantize(
+    src: Source,
+    dst: Target,
+    format: Format = "nf4",  # noqa: A002 - the option's name
+    attention: Attention = None,
+    dense: Dense = None,
+    head: Head = None,
+    mtp: Mtp = None,
+    no_search: NoSearch = False,
+    yes: Yes = False,
+) -> int:
+    """Make a pack of a checkpoint.
+
+    Run the same command again to resume an interrupted conversion.
+    """
+    from quant.checkpoint import Checkpoint
+    from quant.convert import Recipe, convert
+
+    source, target = Checkpoint.open(src), folder_for(dst)
+    parts = {"attention": attention, "dense": dense, "head": head, "embedding": head, "mtp": mtp}
+    chosen = {name: value for name, value in parts.items() if value is not None}
+    recipe = replace(Recipe.for_format(format), search=not no_search, **chosen)
+    announce(source, recipe, target, yes=yes)
+    status = Status()
+    try:
+        pack = convert(source, target, recipe, on_progress=status)
+    except KeyboardInterrupt:
+        raise CancelledError(
+            "the conversion was stopped", hint="run the same command again: it resumes"
+        ) from None
+    finally:
+        status.clear()
+    say(f"{amount(pack.nbytes, 'bytes')} written")
+    print(target)
+    return ExitCode.OK
+
+
+def folder_for(dst: Path) -> Path:
+    """A bare name means a pack in the packs folder; anything else is a path."""
+    bare = len(dst.parts) == 1 and not dst.is_absolute() and dst.name not in (".", "..")
+    return Paths.default().packs_dir / dst if bare and not dst.exists() else dst
+
+
+def announce(source: Checkpoint, recipe: Recipe, target: Path, *, yes: bool) -> None:
+    """Say what will be written and how long it should take; ask first if that is long."""
+    from quant.convert import plan_bytes
+
+    weights = sum(_count(source.shape(name)) for name in source.names())
+    seconds = weights / quantize_rate(recipe)
+    size = plan_bytes(source, recipe)
+    before, after = amount(source.nbytes, "bytes"), amount(size, "bytes")
+    say(f"{before} -> {after} in {target}, about {duration(seconds)} (estimated)")
+    if seconds > ASK_S and not yes and sys.stdin.isatty():
+        typer.confirm("continue?", default=True, abort=True, err=True)
+
+
+def quantize_rate(recipe: Recipe) -> float:
+    """Weights per second this machine quantises in the experts' format, measured on one matrix."""
+    import torch
+
+    from quant.formats import get_format
+
+    chosen = get_format(recipe.experts)
+    # 1 M weights: 20 ms in the kernels, a second or two in the torch reference.
+    sample = torch.randn(256, 4096, generator=torch.Generator().manual_seed(0))
+    start = time.perf_counter()
+    chosen.pack(sample, search=recipe.search)
+    return sample.numel() / (time.perf_counter() - start)
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    count = 1
+    for n in shape:
+        count *= n
+    return count
+
+
+def verify(
+    pack: Annotated[Path, typer.Argument(help="folder of a pack, or its name", metavar="PACK")],
+    json: JsonOption = False,
+) -> int:
+    """Compare every byte of a pack with its checksums."""
+    from quant.pack import Pack
+
+    named = Paths.default().packs_dir / pack
+    status = Status()
+    opened = Pack.open(named if not pack.exists() and named.exists() else pack)
+    try:
+        opened.verify(status)
+    finally:
+        status.clear()
+    found = {"pack": str(opened.path), "bytes": opened.nbytes, "ok": True}
+    text = f"{opened.path}: {amount(opened.nbytes, 'bytes')}, all bytes right"
+    print(jsonlib.dumps(found) if json else text)
+    return ExitCode.OK
+
+
+def demo(
+    variant: Annotated[
+        str, typer.Option("--variant", help="swa, or exact: the original's logits", metavar="NAME")
+    ] = "swa",
+    format: Annotated[  # noqa: A002 - the option's name
+        str, typer.Option("--format", help="int8, nf4 or bf16", metavar="F")
+    ] = "int8",
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="build it again")] = False,
+) -> int:
+    """Build the demo pack (once) and print where it is."""
+    say(models.DEMO_NOTE)
+    print(models.demo_pack(variant=variant, fmt=format, rebuild=rebuild))
+    return ExitCode.OK
