@@ -1,0 +1,296 @@
+"""The cache against a plain list of rows, and the promises a step, a draft and a file rely on."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from mimo_local.cache import SPARE_ROWS, KVCache, View, fingerprint
+from mimo_local.config import ModelConfig
+from mimo_local.errors import MimoError, PackError, UsageError
+
+
+def config(window: int = 5, attention: str = "fsfs") -> ModelConfig:
+    return ModelConfig.from_dict(tiny.config(attention, "d" * len(attention), window=window))
+
+
+class Lists:
+    """The slow twin: every row of every layer ever committed, as plain tensors."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+        self.config, self.dtype = config, dtype
+        self.rows: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in config.layers]
+
+    def step(self, cache: KVCache, n: int, *, commit: bool = True) -> None:
+        """Append n random rows to every layer of both and compare what each layer shows."""
+        length = cache.length
+        for spec in self.config.layers:
+            k = torch.randn(n, spec.kv_heads, spec.head_dim)
+            v = torch.randn(n, spec.kv_heads, spec.v_head_dim)
+            mine = self.rows[spec.index]
+            both = mine[:length] + list(zip(k.to(self.dtype), v.to(self.dtype), strict=True))
+            view = cache.append(spec.index, k, v)
+            self.compare(view, both, spec.window, length)
+            if commit:
+                self.rows[spec.index] = both
+        if commit:
+            cache.advance(n)
+
+    @staticmethod
+    def compare(
+        view: View, rows: list[tuple[torch.Tensor, torch.Tensor]], window: int | None, length: int
+    ) -> None:
+        needed = 0 if window is None else max(0, length - window + 1)
+        assert view.first_position <= needed
+        assert view.k.shape[0] == len(rows) - view.first_position
+        assert torch.equal(view.k, torch.stack([k for k, _ in rows[view.first_position :]]))
+        assert torch.equal(view.v, torch.stack([v for _, v in rows[view.first_position :]]))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(0, 10**9), st.integers(1, 40), st.integers(0, 6),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+)  # fmt: skip
+def test_any_history_shows_the_rows_a_list_would(
+    seed: int, window: int, slack: int, dtype: torch.dtype
+) -> None:
+    dice = random.Random(seed)
+    torch.manual_seed(seed)
+    facts = config(window)
+    cache, lists = KVCache(facts, dtype=dtype, slack=slack), Lists(facts, dtype)
+    snapshots = []
+    top = 0
+    for _ in range(25):
+        match dice.choice(["one", "one", "few", "chunk", "lost", "back", "snap", "restore"]):
+            case "one":
+                lists.step(cache, 1)
+            case "few":
+                lists.step(cache, dice.randint(1, 8))
+            case "chunk":
+                lists.step(cache, dice.randint(1, 90))
+            case "lost":
+                lists.step(cache, dice.choice([1, 5, 40, 80]), commit=False)
+            case "back":
+                n = max(0, top - slack, cache.length - dice.randint(0, slack))
+                cache.truncate(min(n, cache.length))
+            case "snap":
+                snapshots.append(cache.snapshot())
+            case "restore" if snapshots:
+                snapshot = dice.choice(snapshots)
+                if snapshot.stale:
+                    with pytest.raises(UsageError, match="snapshot at"):
+                        cache.restore(snapshot)
+                else:
+                    cache.restore(snapshot)
+                    top = cache.length
+        top = max(top, cache.length)
+
+
+@pytest.mark.parametrize("slack", [0, 4])
+@pytest.mark.parametrize("n_new", [1, 3, SPARE_ROWS, SPARE_ROWS + 1, 200])
+def test_rolling_back_up_to_the_slack_always_works(slack: int, n_new: int) -> None:
+    facts = config(9)
+    for length in (0, 3, 30, 47, 100):
+        cache, lists = KVCache(facts, slack=slack), Lists(facts, torch.float32)
+        if length:
+            lists.step(cache, length)
+        lists.step(cache, n_new)
+        for back in range(min(slack, cache.length) + 1):
+            assert cache.can_truncate(cache.length - back)
+        cache.truncate(max(0, cache.length - slack))
+        lists.step(cache, 2)
+
+
+def test_rolling_back_further_is_refused_and_changes_nothing() -> None:
+    facts = config(5)
+    cache, lists = KVCache(facts, slack=2), Lists(facts, torch.float32)
+    lists.step(cache, 200)
+    before = cache.length
+    assert not cache.can_truncate(100)
+    for n, message in ((100, "from 200 to 100"), (201, "200 rows to 201"), (-1, "200 rows to -1")):
+        with pytest.raises(UsageError, match=message) as e:
+            cache.truncate(n)
+        assert e.value.hint and cache.length == before
+    lists.step(cache, 3)
+
+
+def test_a_model_of_full_layers_goes_back_anywhere() -> None:
+    facts = config(5, "ff")
+    cache, lists = KVCache(facts, slack=0), Lists(facts, torch.float32)
+    lists.step(cache, 150)
+    cache.truncate(7)
+    lists.step(cache, 20)
+
+
+def test_going_back_below_a_snapshot_makes_it_stale() -> None:
+    facts = config(5)
+    cache, lists = KVCache(facts), Lists(facts, torch.float32)
+    lists.step(cache, 20)
+    early = cache.snapshot()
+    lists.step(cache, 20)
+    late = cache.snapshot()
+    cache.restore(early)
+    with pytest.raises(UsageError, match="snapshot at 40"):
+        cache.restore(late)
+    cache.restore(early)
+    other = KVCache(facts)
+    with pytest.raises(UsageError, match="snapshot at 20"):
+        other.restore(early)
+    cache.clear()
+    assert cache.length == 0 and early.stale
+    lists.step(cache, 50)
+
+
+def test_sliding_layers_take_the_same_bytes_from_1k_to_32k_tokens() -> None:
+    facts = config(129)
+    cache = KVCache(facts)
+    sizes: dict[int, dict[str, int]] = {}
+    for target in (1024, 4096, 32768):
+        while cache.length < target:
+            n = min(512, target - cache.length)
+            for spec in facts.layers:
+                cache.append(
+                    spec.index,
+                    torch.zeros(n, spec.kv_heads, spec.head_dim),
+                    torch.zeros(n, spec.kv_heads, spec.v_head_dim),
+                )
+            cache.advance(n)
+        sizes[target] = cache.nbytes
+    spec = facts.layers[1]
+    row = spec.kv_heads * (spec.head_dim + spec.v_head_dim) * 4
+    wanted = 2 * (129 - 1 + cache.slack + SPARE_ROWS) * row
+    assert [s["swa"] for s in sizes.values()] == [wanted] * 3
+    held = sum(layer.k.untyped_storage().nbytes() for layer in cache.layers[1::2])
+    held += sum(layer.v.untyped_storage().nbytes() for layer in cache.layers[1::2])
+    assert held == wanted
+    assert sizes[32768]["full"] > 20 * sizes[1024]["full"]
+
+
+def test_full_layers_grow_by_half_not_by_rows() -> None:
+    facts = config(5)
+    cache, lists = KVCache(facts), Lists(facts, torch.float32)
+    sizes = set()
+    for _ in range(300):
+        lists.step(cache, 1)
+        sizes.add(cache.nbytes["full"])
+    assert len(sizes) <= 6
+    hinted = KVCache(facts, capacity_hint=400)
+    before = hinted.nbytes
+    Lists(facts, torch.float32).step(hinted, 400)
+    assert hinted.nbytes == before
+
+
+def test_bf16_storage_takes_half_the_bytes() -> None:
+    facts = config(9)
+    wide, narrow = (
+        KVCache(facts, dtype=d, capacity_hint=64) for d in (torch.float32, torch.bfloat16)
+    )
+    assert {k: n // 2 for k, n in wide.nbytes.items()} == narrow.nbytes
+
+
+def test_a_cache_filled_in_inference_mode_can_be_restored_outside() -> None:
+    facts = config(5)
+    with torch.inference_mode():
+        cache, lists = KVCache(facts), Lists(facts, torch.float32)
+        lists.step(cache, 100)
+    snapshot = cache.snapshot()
+    lists.step(cache, 1)
+    cache.restore(snapshot)
+    lists.step(cache, 50)
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[Path, ModelConfig]:
+    facts = config(9)
+    cache = KVCache(facts, dtype=torch.bfloat16, slack=3)
+    Lists(facts, torch.bfloat16).step(cache, 77)
+    cache.save(tmp_path / "kv.safetensors")
+    return tmp_path / "kv.safetensors", facts
+
+
+@pytest.mark.parametrize("n", [0, 1, 5, 9, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_loaded_cache_shows_the_saved_rows(tmp_path: Path, n: int, dtype: torch.dtype) -> None:
+    facts = config(9)
+    cache, lists = KVCache(facts, dtype=dtype, slack=2), Lists(facts, dtype)
+    if n:
+        lists.step(cache, n)
+    cache.save(tmp_path / "kv")
+    again = KVCache.load(tmp_path / "kv", facts)
+    assert (again.length, again.dtype, again.slack) == (n, dtype, 2)
+    again.truncate(max(0, n - 2))
+    lists.step(again, 3)
+    lists.step(again, 60)
+    assert [p.name for p in tmp_path.iterdir()] == ["kv"]
+
+
+def test_a_cache_of_another_model_or_window_is_refused(saved: tuple[Path, ModelConfig]) -> None:
+    path, facts = saved
+    for other in (config(10), config(9, "fssf")):
+        assert fingerprint(other) != fingerprint(facts)
+        with pytest.raises(PackError, match="another model"):
+            KVCache.load(path, other)
+
+
+def test_every_flipped_byte_is_noticed(saved: tuple[Path, ModelConfig]) -> None:
+    path, facts = saved
+    whole = path.read_bytes()
+    dice = random.Random(1)
+    for position in [0, 3, 8, 9, len(whole) - 1, *dice.sample(range(len(whole)), 120)]:
+        broken = bytearray(whole)
+        broken[position] ^= 1 << dice.randrange(8)
+        path.write_bytes(bytes(broken))
+        with pytest.raises(PackError) as e:
+            KVCache.load(path, facts)
+        assert e.value.hint
+    for size in (0, 7, 100, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(PackError):
+            KVCache.load(path, facts)
+    path.unlink()
+    with pytest.raises(PackError, match="not a saved cache"):
+        KVCache.load(path, facts)
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"length": 78}, {"length": -1}, {"length": None}, {"slack": 2**40}, {"slack": 0},
+        {"first": [0] * 4}, {"first": []}, {"first": None}, {"first": [0, 77, 0, 77]},
+    ],
+)  # fmt: skip
+def test_a_consistent_checksum_over_impossible_facts_is_refused(
+    saved: tuple[Path, ModelConfig], lie: dict[str, Any]
+) -> None:
+    from safetensors import safe_open
+
+    from mimo_local import cache as module
+
+    path, facts = saved
+    with safe_open(path, framework="pt") as file:
+        meta = dict(file.metadata())
+    claims = json.loads(meta["mimo"]) | lie
+    tensors = load_file(path)
+    meta = {"mimo": json.dumps(claims), "checksum": module._checksum(claims, tensors)}
+    save_file(tensors, path, metadata=meta)
+    with pytest.raises(PackError, match="do not fit"):
+        KVCache.load(path, facts)
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    with pytest.raises(MimoError, match="cannot write") as e:
+        KVCache(config()).save(tmp_path / "no such folder" / "kv")
+    assert e.value.hint
