@@ -171,9 +171,11 @@ def write_fp8(
     weights = random_weights(config, seed, mtp=mtp)
     tp = int(config["num_key_value_heads"])
     stored: Weights = {}
-    for w in weights.values():
+    for name, w in weights.items():
         if len(w.shape) == 2:
             w *= torch.logspace(-1, 1, w.shape[0]).unsqueeze(1)  # rows differ 100-fold
+        if "v_proj" in name:
+            w *= 0.2  # unlike the K rows they share blocks with
     full = [f"model.layers.{i}." for i, s in enumerate(config["hybrid_layer_pattern"]) if not s]
     for prefix in full:
         names = {n: f"{prefix}self_attn.{n}_proj.weight" for n in "qkv"}
