@@ -549,3 +549,33 @@ def test_reading_documents_loads_no_tensor_library() -> None:
     root = Path(documents.__file__).parents[2]
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
     assert out.stdout.strip() == "[]", out.stderr
+
+
+# ---- the example ---------------------------------------------------------------------------------
+
+ROOT = Path(documents.__file__).parents[2]
+
+
+def test_the_shipped_example_is_made_from_its_markdown() -> None:
+    out = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys; sys.path.insert(0, 'bench'); import make_example_pdf as m; "
+            "sys.stdout.buffer.write(m.build(open('examples/tour.md', encoding='utf-8').read()))",
+        ],
+        capture_output=True,
+        cwd=ROOT,
+        check=True,
+    )
+    made = ROOT / "examples" / "tour.pdf"
+    assert out.stdout == made.read_bytes(), "run python bench/make_example_pdf.py"
+    assert made.stat().st_size < 30_000
+
+
+def test_every_word_of_the_example_survives_the_way_through_pdf() -> None:
+    found = read(ROOT / "examples" / "tour.pdf")
+    source = read(ROOT / "examples" / "tour.md")
+    assert " ".join(found.text.split()) == " ".join(source.text.replace("#", "").split())
+    assert [e.title for e in found.outline] == [e.title for e in source.outline]
+    assert len(found.pages) >= 2 and not found.unread and not found.warnings
