@@ -21,6 +21,7 @@ import torch
 from mimo_local.errors import DiskSpaceError, PackError
 from quant.formats import Parts
 from quant.layout import (
+    ALIGN,
     ExpertLayout,
     TensorSpec,
     expert_views,
@@ -60,8 +61,11 @@ class _Output:
         self.done += len(data)
 
     def zeros_until(self, offset: int) -> None:
-        """Padding up to `offset`."""
-        self.write(bytes(offset - self.done))
+        """Padding up to `offset`; a larger gap means that data is missing."""
+        gap = offset - self.done
+        if not 0 <= gap < ALIGN:
+            raise ValueError(f"{self.path.name}: at byte {self.done}, expected {offset}")
+        self.write(bytes(gap))
 
     def commit(self) -> Record:
         """Make it durable, then give it its name; in this order a name means a whole file."""
