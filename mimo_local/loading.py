@@ -1,0 +1,132 @@
+"""From settings to the parts of an engine: weights, experts, model, tokenizer, limits.
+
+The one place that decides the cache's dtype, the context that fits the memory and the threads.
+Only `Engine.load` calls it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from mimo_local import hardware, kernels
+from mimo_local.cache import KVCache
+from mimo_local.config import ModelConfig
+from mimo_local.errors import NotEnoughMemoryError, UsageError
+from mimo_local.events import Progress
+from mimo_local.experts import ExpertStore, available_memory
+from mimo_local.model import Model
+from mimo_local.settings import Settings
+from mimo_local.sizes import kv_bytes
+from mimo_local.tokenizer import Tokenizer
+from mimo_local.weights import PackWeights, Weights, open_weights
+
+DEFAULT_CONTEXT: Final = 32_768
+"""Tokens without --context, if the memory allows: 0.78 GB of cache for the real model."""
+SMALLEST_CONTEXT: Final = 2048
+CONTEXT_SHARE: Final = 0.25
+"""Part of the memory left after loading that one session's cache may take unasked."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What an engine is made of."""
+
+    model: Model
+    name: str
+    description: str
+    context_limit: int
+    tokenizer: Tokenizer | None
+    new_cache: Callable[[], KVCache]
+    kernel: str
+
+
+def load(settings: Settings, on_event: Callable[[Progress], None] | None = None) -> Loaded:
+    """Load the pack or checkpoint folder `settings.model`; raises MimoError.
+
+    Without tokenizer files it still answers ids.
+    """
+    if settings.model is None:
+        raise UsageError("no model was given", hint="give the folder of a pack or a checkpoint")
+    path = settings.model
+    set_threads(settings.threads)
+    weights = open_weights(path, on_progress=on_event, window=settings.window)
+    # The tokenizer first: it is quick, and a broken one should not cost minutes of loading.
+    has_tokenizer = (path / "tokenizer.json").is_file()
+    tokenizer = Tokenizer.from_dir(path) if has_tokenizer else None
+    experts = ExpertStore(weights, on_progress=on_event)
+    model = Model(weights, experts, on_progress=on_event)
+    dtype = kv_dtype(settings.kv_dtype, weights.kind)
+
+    def new_cache() -> KVCache:
+        return model.new_cache(dtype=dtype)
+
+    return Loaded(
+        model=model,
+        name=path.resolve().name,
+        description=describe(path, weights),
+        context_limit=context_limit(weights.config, settings.context, dtype),
+        tokenizer=tokenizer,
+        new_cache=new_cache,
+        kernel=kernels.describe(),
+    )
+
+
+def set_threads(threads: int | None) -> None:
+    """Threads of torch and of the kernels, for the whole process; None: what may be used."""
+    native = kernels.get()
+    if native is not None:
+        native.set_threads(threads or native.default_threads)
+    torch.set_num_threads(threads or min(torch.get_num_threads(), hardware.usable_cores()))
+
+
+def kv_dtype(wish: str, kind: str) -> torch.dtype:
+    """How keys and values are kept. auto: exact beside exact weights, half the size for packs."""
+    if wish == "auto":
+        wish = "bf16" if kind == "pack" else "f32"
+    return torch.bfloat16 if wish == "bf16" else torch.float32
+
+
+def context_limit(config: ModelConfig, wish: int | None, dtype: torch.dtype) -> int:
+    """Most tokens of a session: as wished, else as fits; never more than the model can."""
+    free = available_memory()
+    if wish is not None:
+        limit = min(wish, config.max_context)
+        need = kv_bytes(config, limit, dtype.itemsize)
+        if need > free:
+            raise NotEnoughMemoryError(
+                f"a context of {limit} tokens takes {need / 1e9:.2f} GB and {free / 1e9:.2f} GB "
+                "are free",
+                hint="ask for a smaller --context",
+            )
+        return limit
+    limit = min(config.max_context, DEFAULT_CONTEXT)
+    while limit > SMALLEST_CONTEXT and kv_bytes(config, limit, dtype.itemsize) > (
+        CONTEXT_SHARE * free
+    ):
+        limit = max(SMALLEST_CONTEXT, limit // 2)
+    return limit
+
+
+def describe(path: Path, weights: PackWeights | Weights) -> str:
+    """One line for people: what it is, how large, in which formats, on which kernels."""
+    config = weights.config
+    kind = "checkpoint"
+    if isinstance(weights, PackWeights):
+        formats = {entry.format for entry in weights.pack.tensors.values()}
+        formats |= {
+            weights.pack.expert_layout(spec.index).format
+            for spec in config.layers
+            if spec.mlp == "moe"
+        }
+        # f32 is what norms are kept in: it says nothing about the pack.
+        kind = " + ".join(sorted(formats - {"f32"}) or ["f32"])
+    experts = f", {config.n_experts} experts" if config.is_moe else ""
+    return (
+        f"{path.resolve().name}: {config.n_layers} layers{experts}, "
+        f"{weights.nbytes / 1e9:.2f} GB, {kind}, {kernels.describe()} kernels"
+    )
