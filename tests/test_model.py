@@ -11,12 +11,14 @@ import pytest
 import tiny
 import torch
 
+from mimo_local import kernels
 from mimo_local.cache import KVCache
 from mimo_local.errors import CancelledError, ContextOverflowError, UsageError
 from mimo_local.events import Progress
 from mimo_local.experts import ExpertStore
 from mimo_local.model import Model, MoE, Segment
 from mimo_local.weights import QuantLinear, open_weights
+from quant.convert import Recipe, convert
 
 CASES: dict[str, tuple[dict[str, Any], int]] = {
     "as the real model, small": ({"attention": "fssssf", "mlp": "dmmmmm", "window": 9}, 40),
@@ -262,6 +264,22 @@ def test_the_bits_of_a_row_do_not_depend_on_its_company(
     other = Segment(ids_for(small, 5, seed=9), small.new_cache())
     both = small.forward([other, Segment(ids[60:64], caches[2])])
     assert torch.equal(both[5:], alone[:4])
+
+
+@pytest.mark.parametrize("fmt", ["int8", "bf16"])
+def test_with_the_kernels_a_draft_has_the_bits_of_one_token_at_a_time(
+    fmt: str, tmp_path: Path
+) -> None:
+    if kernels.get() is None:
+        pytest.skip("without the native kernels torch's products depend on the number of rows")
+    folder = tiny.write(tmp_path / "m", tiny.config("fssf", "dmmm", window=6))
+    convert(folder, tmp_path / "pack", Recipe.for_format(fmt))
+    model = load(tmp_path / "pack")
+    ids = ids_for(model, 48)
+    one, four = model.new_cache(), model.new_cache()
+    alone = torch.cat([logits(model, row, one) for row in torch.split(ids, 1)])
+    drafts = torch.cat([logits(model, rows, four) for rows in torch.split(ids, 4)])
+    assert torch.equal(alone, drafts)
 
 
 @pytest.mark.parametrize("at", [10, 33, 41, 75])
