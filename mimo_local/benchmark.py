@@ -18,6 +18,7 @@ from mimo_local.errors import CancelledError, UsageError
 from mimo_local.events import Progress
 
 if TYPE_CHECKING:
+    from mimo_local.cache import KVCache
     from mimo_local.hardware import Hardware
     from mimo_local.model import Model
 
@@ -44,17 +45,18 @@ class Runner(Protocol):
 
 
 class ModelRunner:
-    """A `Model` and a cache of its own."""
+    """A `Model` and a cache of its own, kept as `new_cache` makes it (the engine's way)."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, new_cache: Callable[[], KVCache] | None = None) -> None:
         self.model = model
+        self._new_cache = new_cache or model.new_cache
         self.vocab_size = model.config.vocab_size
         self.max_context = model.config.max_context
         self.reset()
 
     def reset(self) -> None:
         """Start a new cache."""
-        self.cache = self.model.new_cache()
+        self.cache = self._new_cache()
 
     def prefill(self, ids: Sequence[int]) -> None:
         """Whole prompt; only the last row's logits are computed, as in an answer."""

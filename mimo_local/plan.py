@@ -54,7 +54,7 @@ GPU_FLOPS, CORE_FLOPS = 80e12, 40e9
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the plan: how many of its bytes live where; `today`: this version runs it so."""
+    """One line of the plan: how many of its bytes live where; `today`: this version can do so."""
 
     name: str
     nbytes: int

@@ -71,9 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = typer.main.get_command(app).main(args, prog_name="mimo", standalone_mode=False)
     except MimoError as error:
         return fail(error.message, error.hint, error.exit_code)
-    except (KeyboardInterrupt, typer.Abort):
-        say("\nstopped")
-        return ExitCode.INTERRUPTED
+    except (KeyboardInterrupt, typer.Abort):  # newer typers return 130 instead
+        code = ExitCode.INTERRUPTED
     except BrokenPipeError:  # `mimo ... | head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitCode.FAILED
@@ -83,6 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             where = shown.command_path if shown is not None else "mimo"
             return fail(error.format_message(), f"`{where} --help` lists them", ExitCode.USAGE)
         return unexpected(error, debug="--debug" in args)
+    if code == ExitCode.INTERRUPTED:
+        say("\nstopped")
     return int(code or ExitCode.OK)
 
 

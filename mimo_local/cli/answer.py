@@ -16,11 +16,12 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mimo_local.chat import PRESETS, Chat, Message, Splitter
+from mimo_local import chat as chats
+from mimo_local.chat import Chat, Message, Piece, preset
 from mimo_local.cli import models
 from mimo_local.cli.status import Status, colours, say
 from mimo_local.errors import DocumentError, ExitCode, UsageError
-from mimo_local.events import Done, Failed, Prefill, Stats, Token
+from mimo_local.events import Done, Failed, Prefill, Stats
 from mimo_local.sampler import SamplingParams
 
 if TYPE_CHECKING:
@@ -99,13 +100,7 @@ def overrides(settings: Settings) -> dict[str, Any]:
 
 def sampling(settings: Settings) -> SamplingParams:
     """The preset's values and the user's own on top; UsageError for an unknown preset."""
-    preset = PRESETS.get(settings.preset)
-    if preset is None:
-        raise UsageError(
-            f"there is no preset `{settings.preset}`", hint=f"presets: {', '.join(PRESETS)}"
-        )
-    names = {f.name for f in fields(SamplingParams)} & {f.name for f in fields(preset)}
-    return SamplingParams(**{n: getattr(preset, n) for n in names} | overrides(settings))
+    return preset(settings.preset).params(**overrides(settings))
 
 
 # -- the answer ------------------------------------------------------------------------------------
@@ -140,7 +135,6 @@ def lines(settings: Settings, look: Look) -> int:
             found = ask(engine, session, chat, params, look)
             if look.json:
                 print(json.dumps(as_dict(found, engine.name), ensure_ascii=False), flush=True)
-            chat.messages.append(Message("assistant", found.text, found.thinking))
     finally:
         engine.close()
     return ExitCode.OK
@@ -148,36 +142,29 @@ def lines(settings: Settings, look: Look) -> int:
 
 def new_chat(settings: Settings) -> Chat:
     """An empty chat as the settings want it."""
-    more = {} if settings.system is None else {"system": settings.system}
-    return Chat(messages=[], preset=settings.preset, thinking=settings.think, **more)
+    return Chat(system=settings.system or "", preset=settings.preset, thinking=settings.think)
 
 
 def ask(engine: Engine, session: Session, chat: Chat, params: SamplingParams, look: Look) -> Answer:
     """Stream the answer to the chat's last message; raises what the engine reports as failed."""
-    if engine.tokenizer is None:
-        raise UsageError(
-            f"{engine.name} has no tokenizer files", hint="chat needs a model made with them"
-        )
-    stream = engine.submit(session, chat.render(engine.tokenizer), params, stop=look.stop)
-    status, screen, splitter = Status(), _Screen(look), Splitter()
-    found = Answer(reason="cancelled")
-    with on_interrupt(stream.cancel):
-        for event in stream:
+    reply = chats.ask(engine, session, chat, params, stop=look.stop)
+    status, screen, found = Status(), _Screen(look), Answer()
+    with on_interrupt(reply.cancel):
+        for event in reply:
             match event:
                 case Prefill():
                     if event.done < event.total:
                         status(event)
-                case Token():
+                case Piece():
                     status.clear()
-                    screen.show(found, splitter.push(event.text))
+                    screen.show(event)
                 case Done():
-                    found.reason, found.stats = event.reason, event.stats
+                    found = Answer(reply.text, reply.reasoning, event.reason, event.stats)
                 case Failed():
                     status.clear()
                     screen.end()
                     raise event.error
     status.clear()
-    screen.show(found, splitter.flush())
     screen.end()
     for note in notes(found, look, params):
         say(note)
@@ -206,8 +193,6 @@ def on_interrupt(cancel: Callable[[], None]) -> Iterator[None]:
 def notes(found: Answer, look: Look, params: SamplingParams) -> Iterator[str]:
     """Lines for stderr after the answer: why it ended early, and the figures if asked for."""
     match found.reason:
-        case "cancelled":
-            yield "stopped"
         case "length":
             yield f"stopped after {params.max_tokens} tokens: --max-tokens allows more"
         case "context":
@@ -246,32 +231,22 @@ class _Screen:
         self._last = ""
         self._open = ""  # the stream whose line is not ended yet
 
-    def show(self, found: Answer, pieces: Sequence[Any]) -> None:
-        """Add pieces to `found` and to the terminal."""
-        for piece in pieces:
-            if piece.kind == "thinking":
-                found.thinking += piece.text
-                if not self._json:
-                    text = f"{DIM}{piece.text}{PLAIN}" if self._dim else piece.text
-                    self._write("thinking", text, piece.text)
-                continue
-            text = piece.text if found.text else piece.text.lstrip("\n")
-            found.text += text
-            if not self._json and text:
-                if self._open == "thinking":
-                    self.end()
-                self._write("answer", text, text)
+    def show(self, piece: Piece) -> None:
+        """Add a piece to the terminal."""
+        if self._json or not piece.text:
+            return
+        if self._open and self._open != piece.kind:
+            self.end()
+        thinking = piece.kind == "thinking"
+        text = f"{DIM}{piece.text}{PLAIN}" if thinking and self._dim else piece.text
+        print(text, end="", file=sys.stderr if thinking else sys.stdout, flush=True)
+        self._open, self._last = piece.kind, piece.text
 
     def end(self) -> None:
         """End the open line."""
         if self._open and not self._last.endswith("\n"):
             print(file=sys.stderr if self._open == "thinking" else sys.stdout, flush=True)
         self._open = ""
-
-    def _write(self, kind: str, shown: str, text: str) -> None:
-        if text:
-            print(shown, end="", file=sys.stderr if kind == "thinking" else sys.stdout, flush=True)
-            self._open, self._last = kind, text
 
 
 def _typed() -> str | None:

@@ -32,7 +32,7 @@ UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 def size(text: str) -> int:
     """`24GB`, `24G`, `23.5 GiB`, `1TB` in bytes; GB is 10^9, GiB is 2^30."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text, re.I)
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)(i?)b?\s*", text, re.I)
     if not found or (found[3] and not found[2]):
         raise UsageError(f"`{text}` is not a size", hint="write it like 24GB, 23.5GiB or 1TB")
     unit = UNITS[found[2].lower()]
@@ -44,7 +44,7 @@ def size(text: str) -> int:
 def counts(text: str) -> tuple[int, ...]:
     """`128,512` as numbers."""
     fields = text.replace(" ", "").split(",")
-    if not all(field.isdecimal() for field in fields):
+    if not all(re.fullmatch("[0-9]{1,9}", field) for field in fields):
         raise UsageError(f"`{text}` is not a list of numbers", hint="write it like 128,512")
     return tuple(int(field) for field in fields)
 
@@ -212,17 +212,13 @@ def load_runner(settings: Settings) -> tuple[ModelRunner, str, float]:
     """(runner, what it is, seconds to load) of the chosen model: the seam the tests replace."""
     chosen = models.choose(settings)
     from mimo_local.benchmark import ModelRunner
-    from mimo_local.experts import ExpertStore
-    from mimo_local.model import Model
-    from mimo_local.weights import open_weights
+    from mimo_local.loading import load
 
-    assert chosen.model is not None  # `choose` always fills it in
     status, start = Status(), time.perf_counter()
     try:
-        weights = open_weights(chosen.model, on_progress=status, window=chosen.window)
-        model = Model(weights, ExpertStore(weights, on_progress=status), on_progress=status)
+        loaded = load(chosen, status)
     finally:
         status.clear()
     seconds = time.perf_counter() - start
-    say(f"{chosen.model.name}: loaded in {seconds:.1f} s")
-    return ModelRunner(model), chosen.model.name, seconds
+    say(f"{loaded.description}, loaded in {seconds:.1f} s")
+    return ModelRunner(loaded.model, loaded.new_cache), loaded.description, seconds

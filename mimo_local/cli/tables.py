@@ -35,7 +35,7 @@ def plan(found: Plan, name: str) -> str:
             row.name,
             gb(row.nbytes),
             *(gb(part) if part else "" for part in (row.vram, row.ram, row.disk)),
-            "runs" if row.today else "planned",
+            "built" if row.today else "planned",
         )
         for row in found.rows()
     ]
