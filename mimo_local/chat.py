@@ -1,0 +1,311 @@
+"""Messages, presets, and the split of a stream into thinking and answer.
+
+Knows people's words and a model's `<think>` markup; knows no tensors, no cache and no screen.
+Called by cli, tui, summarize and api. Which control tokens a turn needs is the template's affair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias
+
+from mimo_local.errors import UsageError
+from mimo_local.events import Done, Failed, Prefill, Token
+from mimo_local.sampler import SamplingParams
+
+if TYPE_CHECKING:
+    from mimo_local.engine import Engine, Session
+
+Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """Sampling values for one kind of work."""
+
+    name: str
+    temperature: float
+    top_p: float
+    max_tokens: int
+    repetition_penalty: float
+    description: str
+
+    def params(self, **own: Any) -> SamplingParams:
+        """The preset's values, overridden by those of `own` that are not None."""
+        values = {
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "max_tokens": self.max_tokens,
+            "repetition_penalty": self.repetition_penalty,
+        }
+        return SamplingParams(**values | {k: v for k, v in own.items() if v is not None})
+
+
+# From the published usage guide; agent and default from the model's own README.
+PRESETS: Final[dict[str, Preset]] = {
+    preset.name: preset
+    for preset in (
+        Preset("chat", 0.7, 0.9, 512, 1.1, "conversation"),
+        Preset("summarize", 0.5, 0.85, 1024, 1.1, "close to the source, little variety"),
+        Preset("code", 0.6, 0.9, 2048, 1.2, "programs and long listings"),
+        Preset("math", 0.4, 0.8, 512, 1.05, "step by step, few surprises"),
+        Preset("agent", 0.3, 0.95, 2048, 1.0, "tool use: short and steady"),
+        Preset("default", 0.8, 0.95, 1024, 1.0, "the model's own recommendation"),
+    )
+}
+
+
+def preset(name: str) -> Preset:
+    """The preset of this name; UsageError lists the names there are."""
+    if name not in PRESETS:
+        raise UsageError(
+            f"there is no preset `{name}`", hint=f"presets: {', '.join(sorted(PRESETS))}"
+        )
+    return PRESETS[name]
+
+
+class TokenizerLike(Protocol):
+    """What a chat needs of a tokenizer."""
+
+    def token_id(self, text: str) -> int | None:
+        """Id of a control token."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids."""
+
+    def render_chat(
+        self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = True, **kw: Any
+    ) -> list[int]:
+        """Ids of a conversation."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn. `reasoning`: what an assistant thought before it answered."""
+
+    role: Role
+    content: str
+    reasoning: str = ""
+
+
+@dataclass(slots=True)
+class Chat:
+    """A conversation and how it is to be continued."""
+
+    messages: list[Message] = field(default_factory=list)
+    system: str = ""
+    """Empty: the one the model's authors recommend, if the model is MiMo; else the template's."""
+    preset: str = "chat"
+    thinking: bool = False
+
+    def render(self, tokenizer: TokenizerLike, *, today: date | None = None) -> list[int]:
+        """Ids of the whole conversation, up to where the answer begins.
+
+        Both template switches are always given: their defaults differ between releases. Earlier
+        thinking is left out, as the model was trained; it returns with tools.
+        """
+        messages: list[dict[str, Any]] = []
+        system = self.system or (mimo_system(today or date.today()) if is_mimo(tokenizer) else "")
+        if system and not any(message.role == "system" for message in self.messages):
+            messages.append({"role": "system", "content": system})
+        for message in self.messages:
+            entry: dict[str, Any] = {"role": message.role, "content": message.content}
+            if message.reasoning:
+                entry["reasoning_content"] = message.reasoning
+            messages.append(entry)
+        return tokenizer.render_chat(
+            messages,
+            add_generation_prompt=True,
+            enable_thinking=self.thinking,
+            keep_all_reasoning=False,
+        )
+
+
+def is_mimo(tokenizer: TokenizerLike) -> bool:
+    """Whether this is the MiMo family's own vocabulary (the demo model has another)."""
+    return (tokenizer.token_id("<|im_end|>"), tokenizer.token_id("<think>")) == (151645, 151667)
+
+
+def mimo_system(today: date) -> str:
+    """The system prompt the model's README recommends, with date and weekday."""
+    return (
+        "You are MiMo, an AI assistant developed by Xiaomi.\n\n"
+        f"Today's date: {_DATE.format(today)}. Your knowledge cutoff date is December 2024."
+    )
+
+
+class _EnglishDate:
+    """`strftime("%A")` speaks the user's locale; the model was trained on English."""
+
+    months = (
+        *("January", "February", "March", "April", "May", "June", "July"),
+        *("August", "September", "October", "November", "December"),
+    )
+    days = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+
+    def format(self, day: date) -> str:
+        name = self.months[day.month - 1]
+        return f"{name} {day.day}, {day.year} {self.days[day.weekday()]}"
+
+
+_DATE: Final = _EnglishDate()
+
+
+# ---- thinking and answer -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Some text of an answer, and which part of it."""
+
+    kind: Literal["thinking", "answer"]
+    text: str
+
+
+class Splitter:
+    """Splits a stream at `<think>...</think>`; no part of a tag ever comes out.
+
+    Only a stream that begins with `<think>` (or whose prompt ended with one: `opened`) thinks; a
+    tag later on is ordinary text. Space around the thinking is dropped, and so is empty thinking.
+    """
+
+    OPEN: Final = "<think>"
+    CLOSE: Final = "</think>"
+
+    def __init__(self, *, opened: bool = False) -> None:
+        self._state: Literal["start", "thinking", "answer"] = "thinking" if opened else "start"
+        self._held = ""
+        self._trim = opened
+        """Drop space until the next text: after either tag."""
+
+    def push(self, text: str) -> list[Piece]:
+        """The pieces that are certain now."""
+        self._held += text
+        pieces: list[Piece] = []
+        if self._state == "start":
+            self._begin()
+        if self._state == "thinking":
+            body, close, rest = self._held.partition(self.CLOSE)
+            if not close:
+                body = body[: len(body) - _tail(body, self.CLOSE)]
+            # Space at the end waits: the closing tag may follow, and it goes with the tag.
+            body = body.rstrip()
+            pieces += self._pieces(body)
+            self._held = rest if close else self._held[len(body) :]
+            if close:
+                self._state, self._trim = "answer", True
+        if self._state == "answer":
+            pieces += self._pieces(self._held)
+            self._held = ""
+        return pieces
+
+    def flush(self) -> list[Piece]:
+        """End of the stream: what was held back."""
+        text, self._held = self._held, ""
+        if self._state == "thinking":
+            return self._pieces(text.rstrip())
+        self._state = "answer"
+        return self._pieces(text)
+
+    def _begin(self) -> None:
+        """Leave the start as soon as the first text is known to be the tag or not."""
+        text = self._held.lstrip()
+        if text.startswith(self.OPEN):
+            self._held = text[len(self.OPEN) :]
+            self._state, self._trim = "thinking", True
+        elif text and not self.OPEN.startswith(text):
+            self._state = "answer"
+
+    def _pieces(self, text: str) -> list[Piece]:
+        """No piece or one, of the present state."""
+        if self._trim:
+            text = text.lstrip()
+        if not text:
+            return []
+        self._trim = False
+        return [Piece("thinking" if self._state == "thinking" else "answer", text)]
+
+
+def _tail(text: str, tag: str) -> int:
+    """Length of the longest end of `text` that is a beginning of `tag`."""
+    return next((n for n in range(len(tag) - 1, 0, -1) if text.endswith(tag[:n])), 0)
+
+
+# ---- asking --------------------------------------------------------------------------------------
+
+
+class Reply:
+    """One answer being made: iterate it for Prefill, Piece, then Done or Failed."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        session: Session,
+        chat: Chat,
+        params: SamplingParams,
+        stop: Sequence[str],
+    ) -> None:
+        if engine.tokenizer is None:
+            raise UsageError(
+                f"{engine.name} has no tokenizer files", hint="chat needs a model made with them"
+            )
+        self.text = ""
+        self.reasoning = ""
+        self._chat = chat
+        ids = chat.render(engine.tokenizer)
+        # Some templates open the thinking themselves; the stream then begins inside it.
+        opened = engine.tokenizer.decode(ids[-8:]).rstrip().endswith(Splitter.OPEN)
+        self._splitter = Splitter(opened=opened)
+        self._stream = engine.submit(session, ids, params, stop=stop)
+        self._events = self._run()
+
+    def cancel(self) -> None:
+        """Stop within one step; what was made is kept."""
+        self._stream.cancel()
+
+    def __iter__(self) -> Iterator[Piece | Prefill | Done | Failed]:
+        return self
+
+    def __next__(self) -> Piece | Prefill | Done | Failed:
+        return next(self._events)
+
+    def _run(self) -> Iterator[Piece | Prefill | Done | Failed]:
+        try:
+            for event in self._stream:
+                if isinstance(event, Token):
+                    yield from self._keep(self._splitter.push(event.text))
+                    continue
+                if isinstance(event, Done):
+                    yield from self._keep(self._splitter.flush())
+                    self._chat.messages.append(Message("assistant", self.text, self.reasoning))
+                yield event
+        finally:
+            self._stream.cancel()  # a reader that leaves early must not leave the engine busy
+
+    def _keep(self, pieces: list[Piece]) -> list[Piece]:
+        for piece in pieces:
+            if piece.kind == "thinking":
+                self.reasoning += piece.text
+            else:
+                self.text += piece.text
+        return pieces
+
+
+def ask(
+    engine: Engine,
+    session: Session,
+    chat: Chat,
+    params: SamplingParams | None = None,
+    *,
+    stop: Sequence[str] = (),
+) -> Reply:
+    """Answer the chat's last message; `params` default to the chat's preset.
+
+    When the answer is done, also by a cancel, it is appended to `chat.messages`; a failed one is
+    not. Raises UsageError for a chat without a question or a model without a tokenizer.
+    """
+    if not chat.messages or chat.messages[-1].role not in ("user", "tool"):
+        raise UsageError("there is nothing to answer", hint="end the chat with a user message")
+    return Reply(engine, session, chat, params or preset(chat.preset).params(), stop)
