@@ -249,14 +249,11 @@ def _load() -> tuple[Kernels | None, str]:
 
 def _candidates() -> Iterator[Path]:
     """Beside this file, elsewhere in the package (editable installs), among its resources."""
-    folders = [Path(__file__).parent, *map(Path, __path__)]
-    resource = importlib.resources.files(__name__)
+    paths = [folder / LIBRARY for folder in (Path(__file__).parent, *map(Path, __path__))]
+    resource = importlib.resources.files(__name__).joinpath(LIBRARY)
     if isinstance(resource, Path):
-        folders.append(resource)
-    for folder in dict.fromkeys(folders):
-        path = folder / LIBRARY
-        if path.is_file():
-            yield path
+        paths.append(resource)
+    yield from (path for path in dict.fromkeys(paths) if path.is_file())
 
 
 def _open(path: Path) -> ctypes.CDLL:
