@@ -1,0 +1,1 @@
+"""The terminal interface: `tui.app.run` opens it."""

@@ -1,13 +1,14 @@
 """The terminal app: opens its window at once, then loads the engine behind it.
 
-`run(settings, defaults)` is what `mimo chat` calls; `MimoApp(engine_factory, defaults)` is the same with
-any engine, which is how the tests drive it. Imports no torch: the engine's import happens in the load.
+`run(settings, defaults)` is what `mimo chat` calls; `MimoApp(engine_factory, defaults)` is the same
+with any engine, which is how the tests drive it. Imports no torch: the engine comes in the load.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
@@ -17,6 +18,7 @@ from textual.screen import Screen
 from textual.theme import Theme
 
 from mimo_local.chat import PRESETS
+from mimo_local.settings import Paths, Settings
 from tui.bridge import ChatDefaults, EngineFactory
 from tui.screens.chat import ChatScreen
 from tui.widgets.prompt import Prompt
@@ -24,7 +26,6 @@ from tui.widgets.prompt import Prompt
 if TYPE_CHECKING:
     from mimo_local.engine import Engine
     from mimo_local.events import Progress
-    from mimo_local.settings import Settings
 
 __all__ = ["ChatDefaults", "MimoApp", "run"]
 
@@ -63,6 +64,7 @@ class MimoApp(App[None]):
         self.chat_screen = ChatScreen(engine_factory, defaults or ChatDefaults())
 
     def on_mount(self) -> None:
+        """Show the chat at once; the load starts when its screen is there."""
         self.push_screen(self.chat_screen)
 
     def close(self) -> None:
@@ -111,13 +113,21 @@ class MimoApp(App[None]):
 
 
 def run(settings: Settings, chat_defaults: ChatDefaults | None = None) -> int:
-    """Open the window, load the model `settings` names behind it, chat; the exit status."""
+    """Open the window, load the model behind it, chat; the exit status.
+
+    Without `settings.model`: the first finished pack, else the demo, built before the user's eyes.
+    """
 
     def load(on_event: Callable[[Progress], None]) -> Engine:
         # Costs 2-3 s of torch: paid in the loading thread, the window is there already.
         from mimo_local.engine import Engine
 
-        return Engine.load(settings, on_event)
+        if settings.model is not None:
+            return Engine.load(settings, on_event)
+        from mimo_local.demo import demo_pack
+
+        model = Paths.default().first_pack() or demo_pack(on_progress=on_event)
+        return Engine.load(replace(settings, model=model), on_event)
 
     app = MimoApp(load, chat_defaults)
     try:

@@ -1,8 +1,8 @@
 """Drives the engine for the screen: loads it, asks it, joins its pieces, reports in messages.
 
 The only file of the interface that touches the engine. Knows no widget: it is given a thread-safe
-`post` and a `later(seconds, call)`. One daemon thread per job, never two at a time: a daemon, because
-leaving the app must not wait for a load that takes minutes (the interpreter joins other threads).
+`post` and a `later(seconds, call)`. One daemon thread per job, never two at a time: a daemon,
+because leaving the app must not wait for a load of minutes (the interpreter joins other threads).
 Called by the chat screen (`load`, `ask`, `cancel`) and the app (`close`).
 """
 
@@ -11,22 +11,22 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from textual.message import Message
 
 from mimo_local import kernels
-from mimo_local.chat import PRESETS, Chat, Splitter
+from mimo_local.chat import Chat, Piece, Reply, ask, preset
 from mimo_local.errors import CancelledError, UsageError
-from mimo_local.events import Done, Failed, Prefill, Progress, Stats, Token
+from mimo_local.events import Done, Failed, Prefill, Progress, Stats
 from mimo_local.sampler import SamplingParams
 from tui.messages import (
     AnswerDelta,
     AnswerDone,
     AnswerFailed,
-    Loading,
     LoadFailed,
+    Loading,
     ModelInfo,
     Pace,
     Problem,
@@ -36,7 +36,7 @@ from tui.messages import (
 )
 
 if TYPE_CHECKING:
-    from mimo_local.engine import Engine, Session, Stream
+    from mimo_local.engine import Engine, Session
 
 JOIN_S = 0.05
 """Pieces are joined for this long: 20 screen updates a second, above which Markdown lags behind."""
@@ -45,7 +45,9 @@ JOIN_S = 0.05
 class EngineFactory(Protocol):
     """Makes the engine, reporting progress on the calling thread."""
 
-    def __call__(self, on_event: Callable[[Progress], None]) -> Engine: ...
+    def __call__(self, on_event: Callable[[Progress], None]) -> Engine:
+        """Return the engine or raise; `on_event` may raise CancelledError to stop the work."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,32 +106,56 @@ class Joiner:
             self._sent_at = self._clock()
 
 
+class Pacer:
+    """Lets one report through per JOIN_S: a loader may report every tensor, nobody reads that."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._sent_at = float("-inf")
+        self._stage = ""
+
+    def due(self, stage: str = "", *, last: bool = False) -> bool:
+        """Whether to report now; the first and the last of a stage always."""
+        now = self._clock()
+        if not last and stage == self._stage and now - self._sent_at < JOIN_S:
+            return False
+        self._sent_at, self._stage = now, stage
+        return True
+
+
 class Meter:
-    """Counts the tokens of one answer and times its thinking."""
+    """Counts the pieces of one answer, about one per token, and times its thinking."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._first = self._thought_until = 0.0
         self.pace = Pace()
 
-    def count(self, kinds: set[str]) -> Pace:
-        """One more token; `kinds` of text it completed (none while a tag or character is open)."""
+    def count(self, kind: Literal["thinking", "answer"]) -> Pace:
+        """One more piece."""
         now, p = self._clock(), self.pace
         if p.tokens == 0:
             self._first = self._thought_until = now
         thinking = p.thinking_tokens
-        if "thinking" in kinds:
-            # Tokens without text so far (the opening tag, half a character) were thinking as well.
-            thinking = p.tokens + 1
+        if kind == "thinking":
+            thinking += 1
             self._thought_until = now
         elapsed = now - self._first
         rate = p.tokens / elapsed if elapsed > 0 else 0.0
         self.pace = Pace(p.tokens + 1, thinking, self._thought_until - self._first, rate)
         return self.pace
 
+    def final(self, stats: Stats) -> Pace:
+        """The same with the engine's count: tags and unfinished characters are tokens as well."""
+        p, total = self.pace, stats.completion_tokens
+        if not p.tokens or not total:
+            return p
+        thinking = round(total * p.thinking_tokens / p.tokens)
+        return Pace(total, thinking, p.thinking_s, stats.decode_tokens_per_s)
+
 
 class Bridge:
-    """The engine's driver. `load` once, then any number of `ask`; `cancel` and `close` at any time."""
+    """`load` once, then any number of `ask`; `cancel` and `close` at any time."""
 
     def __init__(
         self,
@@ -141,7 +167,7 @@ class Bridge:
         self._post, self._later, self._factory, self._defaults = post, later, factory, defaults
         self._engine: Engine | None = None
         self._session: Session | None = None
-        self._stream: Stream | None = None
+        self._reply: Reply | None = None
         self._job: threading.Thread | None = None
         self._lock = threading.Lock()
         self._cancelled = threading.Event()
@@ -163,8 +189,8 @@ class Bridge:
         """Stop the running answer; it ends with AnswerDone(reason="cancelled") within one step."""
         with self._lock:
             self._cancelled.set()
-            if self._stream is not None:
-                self._stream.cancel()
+            if self._reply is not None:
+                self._reply.cancel()
 
     def forget(self) -> None:
         """The next answer starts from an empty session."""
@@ -190,10 +216,13 @@ class Bridge:
         self._job.start()
 
     def _load(self) -> None:
+        pacer = Pacer()
+
         def on_event(progress: Progress) -> None:
             if self._closing.is_set():
                 raise CancelledError("loading was stopped", hint="start `mimo chat` again")
-            self._post(Loading(progress))
+            if pacer.due(progress.stage, last=0 < progress.total <= progress.done):
+                self._post(Loading(progress))
 
         try:
             engine = self._factory(on_event)
@@ -218,44 +247,41 @@ class Bridge:
             last = AnswerFailed(Problem.of(error))
         finally:
             with self._lock:
-                self._stream = None
+                self._reply = None
         joiner.flush()
         self._post(last)
 
     def _stream_answer(self, chat: Chat, attempt: int, joiner: Joiner) -> Message:
         engine = self._engine
-        if engine is None or engine.tokenizer is None:
-            raise UsageError("this model has no tokenizer", hint="chat needs a pack made with one")
+        if engine is None:
+            raise UsageError(
+                "the model is not loaded", hint="wait until the status line says ready"
+            )
         if self._session is None:
             self._session = engine.new_session()
-        ids = chat.render(engine.tokenizer)
-        stream = engine.submit(
-            self._session, ids, self._params(chat, attempt), stop=self._defaults.stop
+        reply = ask(
+            engine, self._session, chat, self._params(chat, attempt), stop=self._defaults.stop
         )
         with self._lock:
-            self._stream = stream
+            self._reply = reply
             if self._cancelled.is_set():
-                stream.cancel()
-        meter, splitter = Meter(), Splitter()
-        for event in stream:
+                reply.cancel()
+        meter, reading = Meter(), Pacer()
+        for event in reply:
             match event:
                 case Prefill():
-                    self._post(Reading(event))
-                case Token():
-                    pieces = [TextPiece(p.kind, p.text) for p in splitter.push(event.text)]
-                    joiner.add(pieces, meter.count({p.kind for p in pieces}))
+                    if reading.due(last=event.done >= event.total):
+                        self._post(Reading(event))
+                case Piece(kind, text):
+                    joiner.add([TextPiece(kind, text)], meter.count(kind))
                 case Done(reason, stats):
-                    joiner.add([TextPiece(p.kind, p.text) for p in splitter.flush()], meter.pace)
-                    return AnswerDone(reason, stats, meter.pace)
+                    return AnswerDone(reason, stats, meter.final(stats))
                 case Failed(error):
                     return AnswerFailed(Problem.of(error))
         return AnswerDone("cancelled", Stats(), meter.pace)
 
     def _params(self, chat: Chat, attempt: int) -> SamplingParams:
-        preset = PRESETS[chat.preset]
-        known = {f.name for f in fields(preset)} & {f.name for f in fields(SamplingParams)}
-        values = {name: getattr(preset, name) for name in known} | dict(self._defaults.overrides)
-        params = SamplingParams(**values)
+        params = preset(chat.preset).params(**self._defaults.overrides)
         if attempt and params.seed is not None:
             params = replace(params, seed=params.seed + attempt)
         return params

@@ -26,7 +26,7 @@ COMMANDS: tuple[Spec, ...] = (
     Spec("help", "keys and commands"),
     Spec("clear", "start a new chat"),
     Spec("preset", "sampling for a kind of task; alone: list them", "NAME"),
-    Spec("system", "set the system prompt; alone: show it; `-`: remove it", "TEXT"),
+    Spec("system", "set the system prompt; alone: show it; `-`: the model's own", "TEXT"),
     Spec("think", "let the model think first; alone: toggle", "on|off"),
     Spec("stats", "figures of the last answer and the model"),
     Spec("regen", "answer the last prompt again"),

@@ -1,4 +1,4 @@
-"""What the parts of the screen tell each other: frozen facts and the Textual messages that carry them.
+"""What the parts of the screen tell each other: frozen facts and the messages that carry them.
 
 Knows only the events and errors of the engine, never the engine itself. The bridge posts everything
 but `Submitted`; the chat screen handles all of them, one after another, in the order posted.

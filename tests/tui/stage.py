@@ -5,17 +5,17 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 from fakes import FakeEngine, FakeStream
 from textual.pilot import Pilot
 
-from mimo_local.events import Done, Event, Prefill, Progress, Stats
+from mimo_local.events import Done, Event, Failed, Prefill, Progress, Stats, Token
 from tui.app import ChatDefaults, MimoApp
 from tui.screens.chat import ChatScreen
-from tui.widgets.transcript import Transcript
+from tui.widgets.transcript import ErrorBox, Transcript
 
 SMALL, LARGE = (80, 24), (120, 40)
 
@@ -42,7 +42,7 @@ class Stage:
             : (width + 1) * height
         ]
 
-    async def until(self, condition: Callable[[], object], timeout_s: float = 10.0) -> None:
+    async def until(self, condition: Callable[[], object], timeout_s: float = 5.0) -> None:
         """Wait until `condition()` is true."""
         end = time.monotonic() + timeout_s
         while not condition():
@@ -63,10 +63,18 @@ class Stage:
         await self.pilot.press("enter")
 
     async def ask(self, text: str) -> None:
-        """Send and wait for the end of the answer."""
+        """Send and wait until there is an answer or an error."""
+        said, failed = len(self.screen.chat.messages), len(self.screen.query(ErrorBox))
         await self.send(text)
-        await self.until(lambda: self.screen.state == "answering" or self.screen.prompt.text)
-        await self.idle()
+        await self.until(
+            lambda: (
+                self.screen.state == "idle"
+                and (
+                    len(self.screen.chat.messages) == said + 2
+                    or len(self.screen.query(ErrorBox)) > failed
+                )
+            )
+        )
 
 
 @asynccontextmanager
@@ -81,13 +89,36 @@ async def staged(
     """The app with `engine`, at `size`; waits for the engine unless `ready` is False."""
     app = MimoApp(factory or (lambda on_event: engine), defaults)
     try:
-        async with app.run_test(size=size) as pilot:
+        async with app.run_test(size=size, notifications=True) as pilot:
             stage = Stage(app, pilot)
             if ready:
                 await stage.idle()
             yield stage
     finally:
         await asyncio.to_thread(app.close)
+
+
+class Gated(FakeEngine):
+    """Stops after `at` tokens of each answer until `gate` is set; at the end if `at` is None."""
+
+    def __init__(self, *answers: Sequence[str], at: int | None = None, **kwargs: Any) -> None:
+        super().__init__(*answers, **kwargs)
+        self.at, self.gate = at, threading.Event()
+
+    def submit(self, *args: Any, **kwargs: Any) -> FakeStream:
+        stream = super().submit(*args, **kwargs)
+        inner = stream._events
+
+        def play() -> Iterator[Event]:
+            tokens = 0
+            for event in inner:
+                tokens += isinstance(event, Token)
+                if tokens == self.at or isinstance(event, Done | Failed):
+                    self.gate.wait(10)
+                yield event
+
+        stream._events = play()
+        return stream
 
 
 class SlowReader(FakeEngine):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 from fakes import FakeEngine
@@ -13,14 +14,14 @@ from textual.message import Message as TextualMessage
 
 from mimo_local.chat import PRESETS, Chat, Message
 from mimo_local.errors import ContextOverflowError
-from mimo_local.events import Progress
-from tui.bridge import JOIN_S, Bridge, ChatDefaults, Joiner, Meter
+from mimo_local.events import Progress, Stats
+from tui.bridge import JOIN_S, Bridge, ChatDefaults, Joiner, Meter, Pacer
 from tui.messages import (
     AnswerDelta,
     AnswerDone,
     AnswerFailed,
-    Loading,
     LoadFailed,
+    Loading,
     Pace,
     Reading,
     Ready,
@@ -70,7 +71,7 @@ def test_joined_is_the_same_text_in_fewer_messages(steps) -> None:
     assert flat == [(kind, c) for kind, text, _ in steps for c in text]
     assert all(m.pieces and all(p.text for p in m.pieces) for _, m in sent)
     times = [at for at, _ in sent[:-1]]  # the last one may be the forced flush
-    assert all(b - a >= JOIN_S - 1e-9 for a, b in zip(times, times[1:], strict=False))
+    assert all(b - a >= JOIN_S - 1e-9 for a, b in pairwise(times))
 
 
 def test_a_piece_never_waits_longer_than_the_joining_time() -> None:
@@ -85,14 +86,31 @@ def test_a_piece_never_waits_longer_than_the_joining_time() -> None:
     assert [p.text for m in sent for p in m.pieces] == ["a", "b"]
 
 
-def test_the_meter_counts_tags_as_thinking_and_stops_its_clock_at_the_answer() -> None:
+def test_the_meter_stops_its_thinking_clock_at_the_answer_and_ends_with_the_engines_count() -> None:
     clock = Clock()
     meter = Meter(clock)
-    for kinds in (set(), {"thinking"}, {"thinking"}, {"answer"}, {"answer"}):
-        pace = meter.count(kinds)
+    for kind in ("thinking", "thinking", "thinking", "answer", "answer"):
+        pace = meter.count(kind)
         clock.advance(1.0)
     assert (pace.tokens, pace.thinking_tokens, pace.thinking_s) == (5, 3, 2.0)
     assert pace.tokens_per_s == 1.0
+    final = meter.final(Stats(completion_tokens=10, decode_s=3.0))
+    assert (final.tokens, final.thinking_tokens, final.tokens_per_s) == (10, 6, 3.0)
+    assert Meter(clock).final(Stats(completion_tokens=3)) == Pace()  # tokens, but no text
+
+
+def test_reports_are_thinned_but_never_the_first_or_last_of_a_stage() -> None:
+    clock = Clock()
+    pacer = Pacer(clock)
+    sent = []
+    for stage in ("open", "read"):
+        for n in range(1000):
+            if pacer.due(stage, last=n == 999):
+                sent.append((stage, n))
+            clock.advance(0.001)
+    assert next(n for s, n in sent if s == "read") == 0
+    assert [n for s, n in sent if s == "read"][-1] == 999
+    assert len(sent) <= 2 * (1.0 / JOIN_S + 2)
 
 
 class Driver:

@@ -52,7 +52,7 @@ def test_rates_counts_amounts() -> None:
 @given(st.integers(0, 10**6), st.integers(-1, 10**6))
 def test_percent_is_a_share(part: int, whole: int) -> None:
     assert 0 <= percent(part, whole) <= 100
-    if 0 < whole and part < whole:
+    if whole > 0 and part < whole:
         assert percent(part, whole) < 100
 
 

@@ -1,7 +1,7 @@
-"""The chat: transcript, status line, prompt. Turns the bridge's messages and the user's keys into both.
+"""The chat: transcript, status line, prompt. Turns messages and keys into what is seen.
 
-Owns the `Chat`; everything that computes runs behind the bridge. States: loading -> idle <-> answering,
-or failed when there is no engine. Pushed by the app.
+Owns the `Chat`; everything that computes runs behind the bridge. States: loading -> idle <->
+answering, or failed when there is no engine. Pushed by the app.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from tui.messages import (
     AnswerDelta,
     AnswerDone,
     AnswerFailed,
-    Loading,
     LoadFailed,
+    Loading,
     ModelInfo,
     Pace,
     Problem,
@@ -86,6 +86,7 @@ class ChatScreen(Screen[None]):
     # ---- making and leaving --------------------------------------------------------------------
 
     def compose(self) -> ComposeResult:
+        """Top to bottom."""
         yield TitleBar()
         with Transcript(id="transcript"):
             yield LoadPanel()
@@ -95,6 +96,7 @@ class ChatScreen(Screen[None]):
         yield Footer(show_command_palette=True)
 
     def on_mount(self) -> None:
+        """Connect the bridge to this screen's message queue and start the load."""
         self.query_one(CommandHints).display = False
         self._show_settings()
         self.prompt.focus()
@@ -102,7 +104,7 @@ class ChatScreen(Screen[None]):
         loop, context = asyncio.get_running_loop(), contextvars.copy_context()
 
         def post(message: TextualMessage) -> None:
-            # Always through the loop's queue, also from the loop itself: keeps the order of posting.
+            # Always through the loop's queue, from the loop as well: keeps the order of posting.
             # A closed loop means the app is gone, and with it everyone who could read this.
             with suppress(RuntimeError):
                 loop.call_soon_threadsafe(self.post_message, message, context=context)
@@ -214,9 +216,11 @@ class ChatScreen(Screen[None]):
     @on(Reading)
     def _reading(self, message: Reading) -> None:
         p = message.prefill
+        if self.state != "answering":
+            return
         if self._turn is not None:
             self._turn.prompt_tokens = p.total
-        text = f"reading the prompt · {p.done:,} / {p.total:,} tokens · {percent(p.done, p.total)}%"
+        text = f"reading the prompt · {percent(p.done, p.total)}% of {count(p.total, 'token')}"
         if p.tokens_per_s > 0 and p.done < p.total:
             text += f" · {duration((p.total - p.done) / p.tokens_per_s)} left"
         self._say(text)
@@ -241,11 +245,11 @@ class ChatScreen(Screen[None]):
             return
         self._stats = stats
         if message.reason == "cancelled" and not turn.answer.text and not turn.answer.reasoning:
+            self.chat.messages.pop()  # the empty answer, kept by `ask`
             await self._take_back("stopped before the first word")
             return
         foot = answer_foot(message.reason, stats, message.pace)
         await turn.answer.finish(foot, message.pace)
-        self.chat.messages.append(Message("assistant", turn.answer.text, turn.answer.reasoning))
         self.query_one(StatusLine).used = stats.context_used or turn.prompt_tokens
         self._enter("idle", "stopped" if message.reason == "cancelled" else "ready")
 
@@ -295,12 +299,12 @@ class ChatScreen(Screen[None]):
         self._say(f"preset {name}: {PRESETS[name].description}")
 
     async def set_system(self, text: str) -> None:
-        """Replace the system prompt; `-` removes it, nothing shows it."""
+        """Replace the system prompt; `-` returns to the model's own, nothing shows it."""
         if not text:
-            await self._note(f"system prompt: {self.chat.system or '(none)'}")
+            await self._note(f"system prompt: {self.chat.system or 'as the model comes'}")
             return
         self.chat.system = "" if text == "-" else text
-        self._say("system prompt removed" if text == "-" else "system prompt set")
+        self._say("system prompt: the model's own again" if text == "-" else "system prompt set")
 
     def set_thinking(self, on: bool) -> None:
         """Let the model think before it answers, or not, from the next answer on."""

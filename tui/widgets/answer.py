@@ -6,7 +6,6 @@ Fed by the chat screen with `add`, ended with `finish`. Knows nothing of where t
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import ClassVar
 
 from markdown_it import MarkdownIt
 from textual import on
@@ -19,7 +18,7 @@ from textual.widgets.markdown import MarkdownStream
 from tui.messages import Pace, TextPiece
 from tui.widgets.figures import count, duration, plain
 
-# A frozen paragraph is never laid out again: without the cut each update would wrap all the thinking.
+# A frozen block is never laid out again: without the cut each update would wrap all the thinking.
 THINKING_BLOCK_CHARS = 2000
 
 
@@ -77,8 +76,6 @@ class Thinking(Collapsible):
 class AnswerText(Markdown):
     """The Markdown of one answer; a link is copied, never opened: nothing leaves by itself."""
 
-    BULLETS: ClassVar[list[str]] = ["• ", "‣ ", "⭑ ", "◦ ", "▪ "]
-
     def __init__(self) -> None:
         super().__init__(parser_factory=markdown_parser, open_links=False)
 
@@ -104,10 +101,12 @@ class Answer(Vertical):
         self._foot = Static("", classes="foot", markup=False)
 
     def compose(self) -> ComposeResult:
+        """Thinking is mounted above these when there is any."""
         yield self._markdown
         yield self._foot
 
     def on_mount(self) -> None:
+        """No figures before the end."""
         self._foot.display = False
 
     async def add(self, pieces: Iterable[TextPiece], pace: Pace) -> None:
@@ -121,12 +120,10 @@ class Answer(Vertical):
                 self._thinking.add(piece.text)
             else:
                 self._thought = self._thinking is not None
-                # The template's line breaks after the thinking are not part of the answer.
-                text = piece.text if self.text else piece.text.lstrip("\n")
-                self.text += text
+                self.text += piece.text
                 if self._stream is None:
                     self._stream = Markdown.get_stream(self._markdown)
-                await self._stream.write(plain(text))
+                await self._stream.write(plain(piece.text))
         if self._thinking is not None:
             self._thinking.label(pace, done=self._thought)
 

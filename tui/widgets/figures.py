@@ -1,12 +1,12 @@
-"""Figures and foreign text, made fit for one line of a terminal. Pure functions used by the widgets."""
+"""Figures and foreign text made fit for a terminal: pure functions used by the widgets."""
 
 from __future__ import annotations
 
 from mimo_local.events import FinishReason, Stats
 from tui.messages import Pace
 
-# C0 (without tab and newline), DEL and C1 controls become visible signs: text from a user or a model
-# must never reach the terminal as an escape sequence.
+# C0 (without tab and newline), DEL and C1 become visible signs: text from a user or a model must
+# never reach the terminal as an escape sequence.
 _CONTROLS = (
     {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"}
     | {0x7F: 0x2421}
@@ -84,7 +84,7 @@ def stats_table(stats: Stats, *, kernel: str) -> str:
     """What `/stats` shows; `kernel` is used if the figures name none."""
     return "\n".join(
         (
-            f"prompt    {count(stats.prompt_tokens, 'token')}, {stats.cached_tokens:,} from the cache"
+            f"prompt    {count(stats.prompt_tokens, 'token')}, {stats.cached_tokens:,} from cache"
             f" · {duration(stats.prefill_s)} · {rate(stats.prefill_tokens_per_s)}",
             f"answer    {count(stats.completion_tokens, 'token')}"
             f" · {duration(stats.decode_s)} · {rate(stats.decode_tokens_per_s)}",

@@ -1,4 +1,4 @@
-"""The lines between transcript and prompt that say what an unfinished slash command could become."""
+"""The lines above the prompt that say what an unfinished slash command could become."""
 
 from __future__ import annotations
 

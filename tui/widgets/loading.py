@@ -48,6 +48,7 @@ class LoadPanel(Vertical):
         self._eta = Eta()
 
     def compose(self) -> ComposeResult:
+        """An endless bar until the loader says how much there is."""
         yield Static("Loading the model", classes="title")
         yield Static("starting the engine", classes="stage", markup=False)
         yield ProgressBar(total=None, show_percentage=False, show_eta=False)

@@ -15,7 +15,7 @@ from textual.widgets import TextArea
 from tui.commands import suggest
 from tui.messages import Submitted
 
-# Most terminals send the same byte for Shift+Enter and Enter; Ctrl+J and a closing backslash work in all.
+# Most terminals send one byte for Shift+Enter and Enter; Ctrl+J and a closing backslash always work.
 NEWLINE_KEYS = ("shift+enter", "ctrl+j", "alt+enter")
 
 

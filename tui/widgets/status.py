@@ -5,6 +5,7 @@ Both show what they are told; the chat screen tells them.
 
 from __future__ import annotations
 
+from rich.cells import cell_len
 from textual.app import ComposeResult
 from textual.containers import Horizontal
 from textual.content import Content
@@ -20,6 +21,7 @@ class TitleBar(Horizontal):
     """`mimo  name · description` on the left, the kernel in use on the right."""
 
     def compose(self) -> ComposeResult:
+        """Only the brand until a model is there."""
         yield Static("mimo", id="brand")
         yield Static("", id="model", markup=False)
         yield Static("", id="kernel", markup=False)
@@ -31,7 +33,7 @@ class TitleBar(Horizontal):
 
 
 class StatusLine(Widget):
-    """Activity on the left, context used on the right; the left side gives way when it is narrow."""
+    """Activity on the left, context used on the right; the left side gives way."""
 
     activity = reactive("")
     more_below = reactive(False)
@@ -41,10 +43,12 @@ class StatusLine(Widget):
     def render(self) -> Content:
         """One line, exactly as wide as the widget."""
         width = self.content_size.width
-        right = self._usage(short=width < 70)
         left = self.activity
         if self.more_below:
             left = f"↓ more below: Ctrl+End · {left}"
+        right = self._usage(short=False)
+        if cell_len(left) + 2 + cell_len(right) > width:
+            right = self._usage(short=True)
         room = max(0, width - len(right) - 2)
         return Content.assemble(
             Content(left).truncate(room, ellipsis=True, pad=True), "  ", (right, "dim")

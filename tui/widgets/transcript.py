@@ -18,6 +18,7 @@ class Transcript(VerticalScroll):
     """All turns of the chat, newest last."""
 
     def on_mount(self) -> None:
+        """Stay at the end from the start."""
         self.anchor()
 
     @property
@@ -39,6 +40,7 @@ class UserMessage(Vertical):
         self.text = text
 
     def compose(self) -> ComposeResult:
+        """Who, then the words."""
         yield Static("You", classes="who")
         yield Static(Content(plain(self.text)), classes="words")
 
@@ -59,5 +61,6 @@ class ErrorBox(Vertical):
         self.problem = problem
 
     def compose(self) -> ComposeResult:
+        """Problem, then the way out."""
         yield Static(Content(plain(self.problem.message)), classes="problem")
         yield Static(Content(f"→ {plain(self.problem.hint)}"), classes="hint")
