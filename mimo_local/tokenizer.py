@@ -10,7 +10,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -49,13 +49,14 @@ class Tokenizer:
         bare |= {"truncation": None, "padding": None}  # a tokenizer.json may cut silently
         self._encoder = tokenizers.Tokenizer.from_str(json.dumps(bare))
         self._ids = {token["content"]: i for i, token in self._added.items()}
-        self._bytes = _token_bytes(self._encoder.get_vocab(with_added_tokens=False), self._added)
-        self._hidden = {
+        self._bytes = {i: token["content"].encode() for i, token in self._added.items()}
+        self._hidden = frozenset(
             i
             for i, token in self._added.items()
             if token.get("special") and token["content"] not in MARKUP
-        }
-        self.vocab_size = max(self._bytes, default=-1) + 1
+        )
+        own = self._encoder.get_vocab_size(with_added_tokens=False)
+        self.vocab_size = max(own, *(i + 1 for i in self._added), 0)
         self._names = {
             key: text
             for key in ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -114,7 +115,15 @@ class Tokenizer:
 
     def stream(self, *, special: bool = False) -> StreamDecoder:
         """Decode id by id."""
-        return StreamDecoder(self._bytes, frozenset() if special else frozenset(self._hidden))
+        return StreamDecoder(self._bytes_of, frozenset() if special else self._hidden)
+
+    def _bytes_of(self, token: int) -> bytes:
+        """The bytes an id stands for, looked up on first use: all 152k at once take 0.5 s."""
+        found = self._bytes.get(token)
+        if found is None:
+            text = self._encoder.id_to_token(token) if token >= 0 else None
+            found = self._bytes[token] = _from_alphabet(text or "")
+        return found
 
     def token_id(self, text: str) -> int | None:
         """Id of an added token such as `<|im_end|>`, or None."""
@@ -141,15 +150,15 @@ class Tokenizer:
 class StreamDecoder:
     """Ids to text, one at a time; bytes of an unfinished character wait for the rest of it."""
 
-    def __init__(self, token_bytes: Mapping[int, bytes], hidden: frozenset[int]) -> None:
-        self._token_bytes, self._hidden = token_bytes, hidden
+    def __init__(self, bytes_of: Callable[[int], bytes], hidden: frozenset[int]) -> None:
+        self._bytes_of, self._hidden = bytes_of, hidden
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
         """The text this id completes; empty inside a character and for control tokens."""
         if token in self._hidden:
             return ""
-        return self._utf8.decode(self._token_bytes.get(token, b""))
+        return self._utf8.decode(self._bytes_of(token))
 
     def flush(self) -> str:
         """End of the stream: an unfinished character becomes U+FFFD."""
@@ -169,18 +178,15 @@ def _byte_alphabet() -> dict[str, int]:
     return alphabet | {chr(256 + n): byte for n, byte in enumerate(others)}
 
 
-def _token_bytes(
-    vocabulary: Mapping[str, int], added: Mapping[int, Mapping[str, Any]]
-) -> dict[int, bytes]:
-    """Id -> the bytes it stands for."""
-    alphabet = _byte_alphabet()
-    table = {}
-    for token, i in vocabulary.items():
-        try:
-            table[i] = bytes([alphabet[character] for character in token])
-        except KeyError:  # not written in the byte alphabet: it means itself
-            table[i] = token.encode()
-    return table | {i: token["content"].encode() for i, token in added.items()}
+_ALPHABET: Final = _byte_alphabet()
+
+
+def _from_alphabet(token: str) -> bytes:
+    """The bytes a vocabulary entry spells; one not written in the alphabet means itself."""
+    try:
+        return bytes([_ALPHABET[character] for character in token])
+    except KeyError:
+        return token.encode()
 
 
 def _added_tokens(
