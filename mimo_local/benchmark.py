@@ -43,6 +43,9 @@ class Runner(Protocol):
     def set_threads(self, n: int) -> None:
         """Use `n` CPU threads from now on."""
 
+    def threads(self) -> int:
+        """CPU threads in use."""
+
 
 class ModelRunner:
     """A `Model` and a cache of its own, kept as `new_cache` makes it (the engine's way)."""
@@ -86,6 +89,15 @@ class ModelRunner:
         native = kernels.get()
         if native is not None:
             native.set_threads(n)
+
+    def threads(self) -> int:
+        """Threads of the kernels, or torch's without them."""
+        import torch
+
+        from mimo_local import kernels
+
+        native = kernels.get()
+        return torch.get_num_threads() if native is None else native.threads
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,12 +169,15 @@ def run(
     runner: Runner,
     tests: Sequence[Test],
     *,
-    threads: Sequence[int],
+    threads: Sequence[int] = (),
     reps: int = 3,
     on_progress: Callable[[Progress], None] | None = None,
     cancel: Callable[[], bool] | None = None,
 ) -> list[Result]:
-    """Measure every test with every thread count `reps` times after one run that is not counted."""
+    """Every test, with every thread count, `reps` times after one run that is not counted.
+
+    No thread counts: as the model was loaded, which is what an answer runs with.
+    """
     for test in tests:
         if test.tokens + test.depth > runner.max_context:
             raise UsageError(
@@ -172,9 +187,10 @@ def run(
             )
     if reps < 1:
         raise UsageError(f"{reps} repetitions measure nothing", hint="use `--reps 1` or more")
-    results, done, total = [], 0, len(tests) * len(threads) * (reps + 1)
-    for count in threads:
-        runner.set_threads(count)
+    results, done, total = [], 0, len(tests) * max(1, len(threads)) * (reps + 1)
+    for count in threads or (None,):
+        if count is not None:
+            runner.set_threads(count)
         for test in tests:
             samples = []
             for rep in range(reps + 1):
@@ -186,7 +202,7 @@ def run(
                     samples.append(rate)
                 if on_progress is not None:
                     on_progress(Progress(f"measuring {test.name}", done, total, "runs"))
-            results.append(Result(test, count, tuple(samples)))
+            results.append(Result(test, runner.threads(), tuple(samples)))
     return results
 
 

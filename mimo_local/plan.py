@@ -197,7 +197,7 @@ def _place(
     vram = max(0, budget.vram - VRAM_RESERVE)
     ram = budget.ram - reserve - work
     for name, nbytes in parts.items():
-        if nbytes <= vram and name != "embedding":
+        if 0 < nbytes <= vram and name != "embedding":
             layout.vram[name], vram = nbytes, vram - nbytes
         else:
             layout.ram[name], ram = nbytes, ram - nbytes

@@ -25,6 +25,7 @@ class FakeRunner:
     def __init__(self, prefill_s: float = 0.0, step_s: float = 0.0) -> None:
         self.prefill_s, self.step_s = prefill_s, step_s
         self.calls: list[tuple[str, object]] = []
+        self.used = 8
 
     def reset(self) -> None:
         self.calls.append(("reset", None))
@@ -39,6 +40,10 @@ class FakeRunner:
 
     def set_threads(self, n: int) -> None:
         self.calls.append(("threads", n))
+        self.used = n
+
+    def threads(self) -> int:
+        return self.used
 
 
 def test_tests_have_llama_bench_names() -> None:
@@ -70,6 +75,13 @@ def test_rates_are_tokens_over_seconds_without_the_depth() -> None:
     runner = FakeRunner(prefill_s=0.001, step_s=0.01)
     assert 10 < benchmark.measure(runner, Test("tg", 5, depth=50)) <= 100
     assert 100 < benchmark.measure(runner, Test("pp", 50, depth=50)) <= 1000
+
+
+def test_without_thread_counts_the_model_runs_as_it_was_loaded() -> None:
+    runner = FakeRunner()
+    (result,) = benchmark.run(runner, [Test("tg", 2)], reps=1)
+    assert result.threads == 8
+    assert not any(call == "threads" for call, _ in runner.calls)
 
 
 def test_mean_and_sd() -> None:

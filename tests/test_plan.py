@@ -148,6 +148,14 @@ def test_a_context_the_model_does_not_have_is_a_usage_error(context: int) -> Non
     assert "262144" in caught.value.hint
 
 
+def test_a_model_without_experts_and_head_on_a_machine_without_gpu_is_plain_arithmetic() -> None:
+    dense = dataclasses.replace(PACK, experts=0, head=0)
+    budget = Budget(ram=64 * GB, disk=1000 * GB, cores=4)
+    found = plan(REAL, dense, budget)
+    assert found.prediction == found.today
+    assert not any("VRAM" in line or "PCIe" in line for line in found.assumptions)
+
+
 def test_measured_rates_are_called_measured() -> None:
     lines = plan(REAL, PACK, Budget(ram=64 * GB, disk=GB * 500, measured=("ram",))).assumptions
     assert [("measured" in line) for line in lines[:2]] == [True, False]

@@ -168,7 +168,8 @@ Depths = Annotated[
     str, typer.Option("-d", "--n-depth", help="tokens already in the context", metavar="N,N")
 ]
 Threads = Annotated[
-    str | None, typer.Option("-t", "--threads", help="thread counts", metavar="N,N")
+    str | None,
+    typer.Option("-t", "--threads", help="thread counts; left out: as for answers", metavar="N,N"),
 ]
 Reps = Annotated[int, typer.Option("-r", "--reps", help="repetitions", metavar="N")]
 
@@ -189,7 +190,7 @@ def bench(
     from mimo_local.cli import tables
 
     tests = benchmark.plan_tests(counts(n_prompt), counts(n_gen), counts(n_depth))
-    counted = counts(threads) if threads else None
+    counted = counts(threads) if threads else ()
     facts = hardware.detect()
     runner, name, load_s = load_runner(Settings.resolve(model=model))
     status = Status()
@@ -197,7 +198,7 @@ def bench(
         results = benchmark.run(
             runner,
             tests,
-            threads=counted or (min(facts.cores_physical, facts.cores_usable),),
+            threads=counted,
             reps=reps,
             on_progress=status,
         )

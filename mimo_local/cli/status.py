@@ -1,7 +1,7 @@
 """What goes to stderr: notes, and one line of progress that rewrites itself on a terminal.
 
-stdout belongs to the answer. On a pipe or in a log a line is written per stage and every ten
-seconds. Knows only `events`; used by all commands.
+stdout belongs to the answer. In a log a line is written every ten seconds. Knows only `events`; used
+by all commands.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TextIO
 from mimo_local.events import Prefill, Progress
 
 TERMINAL_S, LOG_S = 0.1, 10.0  # least time between two updates
-BAR = 20
+BAR = 12  # the longest line, of a file being verified, fits 80 columns
 
 
 def say(text: str) -> None:
@@ -52,7 +52,8 @@ class Status:
         self._stream = stream or sys.stderr
         self._clock = clock
         self._live = self._stream.isatty()
-        self._stage, self._since, self._from = "", 0.0, 0
+        self._work: tuple[str, int] | None = None
+        self._since, self._from = 0.0, 0
         self._shown_at = float("-inf")
         self._width = 0
 
@@ -61,11 +62,15 @@ class Status:
         if isinstance(event, Prefill):
             event = Progress("reading the prompt", event.done, event.total, "tokens")
         now = self._clock()
-        if fresh := event.stage != self._stage:
-            self._stage, self._since, self._from = event.stage, now, event.done
+        # "verifying a", "verifying b" of one total are one piece of work: one rate, one line.
+        work = (event.stage.partition(" ")[0], event.total)
+        if work != self._work:
+            if self._work is None and not self._live:
+                self._shown_at = now  # in a log, work of a few seconds is not worth a line
+            self._work, self._since, self._from = work, now, event.done
         due = now - self._shown_at >= (TERMINAL_S if self._live else LOG_S)
         ended = self._live and event.total > 0 and event.done >= event.total
-        if not (due or ended or (fresh and not self._live)):
+        if not (due or ended):
             return
         self._shown_at = now
         self._write(line(event, self._eta(event, now)))

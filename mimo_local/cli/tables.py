@@ -42,7 +42,7 @@ def plan(found: Plan, name: str) -> str:
     sums = [sum(getattr(row, place) for row in found.rows()) for place in ("vram", "ram", "disk")]
     rows.append(("total", "", *(gb(part) if part else "" for part in sums), ""))
     lines.append(table(("what", "bytes", "VRAM", "RAM", "disk only", "this version"), rows))
-    if found.prediction is not None:
+    if found.prediction is not None and found.prediction != found.today:
         lines += ["", f"estimated as planned: {speeds(found.prediction)}"]
     lines.append(_today(found))
     lines += ["", "assumed:", *(f"  {text}" for text in found.assumptions)]
