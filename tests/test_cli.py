@@ -738,7 +738,7 @@ def test_progress_of_a_prompt_and_without_a_total() -> None:
     screen = Screen()
     show = status.Status(screen)
     show(Prefill(512, 2048, 100.0))
-    assert "reading the prompt  [###.........]  25%  512 / 2,048 tokens" in screen.getvalue()
+    assert "reading the prompt  [##......]  25%  512/2,048 tokens" in screen.getvalue()
     assert status.line(Progress("counting", 7, 0, "files")) == "counting  7 files"
 
 

@@ -1,7 +1,7 @@
 """What goes to stderr: notes, and one line of progress that rewrites itself on a terminal.
 
-stdout belongs to the answer. In a log a line is written every ten seconds. Knows only `events`; used
-by all commands.
+stdout belongs to the answer. In a log a line is written every ten seconds. Knows only `events`;
+used by all commands.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TextIO
 from mimo_local.events import Prefill, Progress
 
 TERMINAL_S, LOG_S = 0.1, 10.0  # least time between two updates
-BAR = 12  # the longest line, of a file being verified, fits 80 columns
+BAR = 8  # the longest line, of a file being verified, fits 80 columns
 
 
 def say(text: str) -> None:
@@ -107,5 +107,5 @@ def line(event: Progress, eta_s: float | None = None) -> str:
     bar = "#" * round(share * BAR)
     unit = event.unit
     done = amount(event.done, unit) if unit == "bytes" else f"{event.done:,}"
-    text = f"{event.stage}  [{bar:.<{BAR}}] {share:4.0%}  {done} / {amount(event.total, unit)}"
+    text = f"{event.stage}  [{bar:.<{BAR}}] {share:4.0%}  {done}/{amount(event.total, unit)}"
     return text + (f"  {duration(eta_s)} left" if eta_s else "")
