@@ -242,6 +242,9 @@ def test_nothing_outside_the_buffers_is_touched(tables: list[kernels.Kernels]) -
             k.bf16_matmul(at_end(x), cols, 3, at_end(w.bfloat16()), rows, cols, at_end(y), rows)
             k.int8_dequantize(c, s, rows, cols, at_end(w))
             k.int8_quantize(at_end(w), rows, cols, c, s, True)
+    for n in (1, 15, 16, 255, 256, 320, 331):
+        data = torch.zeros(n, dtype=torch.uint8)
+        assert tables[0].crc32(at_end(data), n) == zlib.crc32(bytes(n))
     for _, guard in maps:
         libc.mprotect(guard, ctypes.c_size_t(page), mmap.PROT_READ | mmap.PROT_WRITE)
 
@@ -361,6 +364,16 @@ def test_crc32_is_zlibs(library: kernels.Kernels, data: bytes, seed: int, skip: 
     buffer = ctypes.create_string_buffer(bytes(skip) + data, skip + len(data) or 1)
     address = ctypes.addressof(buffer) + skip
     assert library.crc32(address, len(data), seed) == zlib.crc32(data, seed)
+
+
+@pytest.mark.parametrize("n", [255, 256, 257, 319, 320, 1000, 65537])
+def test_crc32_of_long_runs(library: kernels.Kernels, n: int) -> None:
+    data = random(n // 4 + 1, seed=n).numpy().tobytes()[:n]
+    buffer = ctypes.create_string_buffer(data, n)
+    address = ctypes.addressof(buffer)
+    whole = zlib.crc32(data)
+    assert library.crc32(address, n) == whole
+    assert library.crc32(address + 77, n - 77, library.crc32(address, 77)) == whole
 
 
 # ---- arguments, environment, loading ------------------------------------------------------------
