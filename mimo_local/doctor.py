@@ -220,7 +220,8 @@ def _models(notes: _Notes, paths: Paths, env: Mapping[str, str]) -> None:
             notes.broken(f"the model {settings.model} does not exist", f"change {origin}")
     packs = sorted(p.parent.name for p in paths.packs_dir.glob(f"*/{PACK_MANIFEST}"))
     lines.append(("packs", ", ".join(packs) or f"none in {paths.packs_dir}"))
-    demo = sorted(p.parent for p in paths.cache_dir.rglob(PACK_MANIFEST))
+    found = (p.parent for p in paths.cache_dir.glob(f"demo/*/{PACK_MANIFEST}"))
+    demo = sorted(p for p in found if not p.name.startswith("."))  # .build-*: being made
     lines.append(("demo model", str(demo[0]) if demo else "not built: `mimo demo` fetches it"))
     notes.section("models", *lines)
 

@@ -73,13 +73,13 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
 
 def test_help_is_quick_and_loads_nothing_heavy() -> None:
     code = (
-        "import sys, time\nstart = time.perf_counter()\nfrom mimo_local.cli import main\n"
-        "assert main(['--help']) == 0\nseconds = time.perf_counter() - start\n"
+        "import sys, time\nfrom mimo_local.cli import main\n"
+        "assert main(['--help']) == 0\nseconds = time.process_time()\n"
         "heavy = {'torch', 'numpy', 'textual', 'rich', 'starlette', 'psutil'} & set(sys.modules)\n"
         "print('RESULT', seconds, sorted(heavy))"
     )
     runs = []
-    for _ in range(5):  # the best of five: the machine may be busy, the command may not
+    for _ in range(3):  # seconds of this process alone, from its start: other work does not count
         done = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT
         )
@@ -560,6 +560,68 @@ def test_demo_prints_the_path_alone(
     assert out == "/somewhere/demo\n"
     assert "not MiMo" in err
     assert seen == [{"variant": "exact", "fmt": "bf16", "rebuild": True}]
+
+
+def test_a_checkpoint_becomes_a_pack_that_is_verified_planned_and_measured(
+    user_home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import tiny
+
+    config = tiny.config(hidden=64, intermediate=128, moe_intermediate=64, v_head_dim=16)
+    source = tiny.write(tmp_path / "source", config)
+    assert cli.main(["quantize", str(source), "small", "--head", "bf16"]) == 0
+    target = user_home / "data" / "packs" / "small"
+    out, err = capsys.readouterr()
+    assert out == f"{target}\n"
+    assert "(estimated)" in err and "written" in err
+    assert cli.main(["quantize", str(source), "small", "--head", "bf16"]) == 0, "nothing left to do"
+    capsys.readouterr()
+
+    assert cli.main(["verify", "small", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["ok"] is True
+
+    assert cli.main(["plan", "-m", str(target), "--context", "64", "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    data = sum(p.stat().st_size for p in target.glob("*.safetensors"))
+    assert 0.7 * data < planned["total"] <= data, "headers and padding are all that is missing"
+    assert planned["today_missing"] == 0
+
+    assert cli.main(["bench", "-m", "small", "-p", "8", "-n", "2", "-r", "1"]) == 0
+    measured = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [r["test"] for r in measured["results"]] == ["pp8", "tg2"]
+    assert "small" in measured["model"]
+
+    victim = next(target.glob("experts-*.safetensors"))
+    damaged = bytearray(victim.read_bytes())
+    damaged[-1] ^= 1
+    victim.write_bytes(damaged)
+    assert cli.main(["verify", str(target)]) == ExitCode.MODEL_FILES
+    assert victim.name in capsys.readouterr().err
+
+
+def test_an_unknown_format_stops_before_anything_is_written(
+    user_home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import tiny
+
+    source = tiny.write(tmp_path / "source")
+    assert cli.main(["quantize", str(source), "small", "--attention", "q4_k"]) == ExitCode.USAGE
+    assert "q4_k" in capsys.readouterr().err
+    assert not (user_home / "data").exists()
+
+
+def test_a_long_conversion_is_confirmed_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import tiny
+
+    source = tiny.write(tmp_path / "source")
+    monkeypatch.setattr(packs, "quantize_rate", lambda recipe: 1.0)
+    monkeypatch.setattr(sys, "stdin", Stdin(b"n\n", tty=True))
+    assert cli.main(["quantize", str(source), str(tmp_path / "pack")]) == ExitCode.INTERRUPTED
+    assert not (tmp_path / "pack").exists()
+    assert " h (estimated)" in capsys.readouterr().err
+    assert cli.main(["quantize", str(source), str(tmp_path / "pack"), "--yes"]) == 0
 
 
 # -- machine ---------------------------------------------------------------------------------------
