@@ -9,7 +9,7 @@ full-attention one.
 
     python bench/train_demo_sinks.py MODEL.gguf --work DIR --out mimo_local/demo_data/sinks.json
 
-Restartable: sampled text and the state after every ten steps are kept in DIR. Last stdout line is
+Restartable: sampled text and the state after every fifth step are kept in DIR. Last stdout line is
 JSON.
 """
 
@@ -231,7 +231,7 @@ def loss_of(
 
 
 def train(trunk: Trunk, text: torch.Tensor, args: argparse.Namespace) -> dict[str, Any]:
-    """Fit the sinks; returns them with the loss curve. State is kept after every ten steps."""
+    """Fit the sinks; returns them with the loss curve. State is kept after every fifth step."""
     state_file = args.work / "state.pt"
     windowed = [i for i, kind in enumerate(attention_pattern(trunk.shape.layers)) if kind]
     table = torch.full((len(windowed), trunk.shape.heads), SINK_START, requires_grad=True)
@@ -255,14 +255,14 @@ def train(trunk: Trunk, text: torch.Tensor, args: argparse.Namespace) -> dict[st
 
     for step in range(len(curve), args.steps):
         for group in optimizer.param_groups:
-            group["lr"] = 0.15 if step < args.steps // 2 else 0.1 * (1 - step / args.steps) * 2
+            group["lr"] = 0.15 if step < args.steps // 2 else 0.2 * (1 - step / args.steps)
         optimizer.zero_grad()
         loss = loss_of(trunk, train_rows[step % len(train_rows)], as_dict(table))
         torch.autograd.backward(loss)
         optimizer.step()
         curve.append(round(float(loss.detach()), 4))
         print(f"step {step + 1}: loss {curve[-1]}", flush=True)
-        if (step + 1) % 10 == 0:
+        if (step + 1) % 5 == 0 or step + 1 == args.steps:
             state = {"table": table.data, "optimizer": optimizer.state_dict(), "curve": curve}
             torch.save(state, state_file)
     final = table.detach()
@@ -288,7 +288,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=36)
     parser.add_argument("--length", type=int, default=640)
     parser.add_argument("--held-out", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=90)
+    parser.add_argument("--steps", type=int, default=70)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
