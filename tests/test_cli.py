@@ -424,6 +424,7 @@ def test_without_prompt_on_a_terminal_the_window_opens_with_the_flags(
     monkeypatch.setitem(sys.modules, "tui.app", app)
     monkeypatch.setitem(sys.modules, "tui.bridge", bridge)
     monkeypatch.setattr(sys, "stdout", Screen())
+    monkeypatch.setattr(sys, "stderr", Screen())
     args = ["-m", str(tmp_path), "--preset", "agent", "--think", "--seed", "1", "--stop", "X"]
     assert cli.main(["chat", *args]) == 3
     settings, defaults = seen[0]
@@ -449,7 +450,7 @@ def test_plain_chat_is_line_by_line_and_remembers(
     monkeypatch.setattr(sys, "stdin", Stdin(b"first\n\nsecond\n/bye\nnever\n", tty=True))
     engine.queue("one")
     engine.queue("two")
-    assert cli.main(["chat", "--plain"]) == 0
+    assert cli.main(["chat"]) == 0, "stderr is no terminal here, so there is no window to draw"
     assert out.getvalue() == "one\ntwo\n"
     assert len(engine.requests) == 2
     assert engine.requests[1].session is engine.requests[0].session

@@ -87,7 +87,9 @@ def chat(
         return answer.once(settings, question, look)
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise UsageError("there is no prompt", hint='try `mimo chat "your question"`')
-    return answer.lines(settings, look) if plain or json else window(settings, look.stop)
+    if plain or json or not sys.stderr.isatty():  # the window is drawn on stderr
+        return answer.lines(settings, look)
+    return window(settings, look.stop)
 
 
 def window(settings: Settings, stop: tuple[str, ...]) -> int:
