@@ -6,9 +6,10 @@ model's folder. For scripts and notebooks; the tool itself uses `Engine`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from mimo_local.chat import Chat, Message, Piece, Preset, ask, preset
 from mimo_local.engine import Engine, Session
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from mimo_local.config import ModelConfig
     from mimo_local.tokenizer import Tokenizer
 
+_T = TypeVar("_T")
 Messages = str | Sequence[Message | Mapping[str, Any]]
 
 
@@ -90,8 +92,9 @@ class LocalModel:
         """Continue a prompt as it is, without chat turns: a text yields texts, ids yield ids.
 
         `sampling`: fields of SamplingParams (`max_tokens=64`, `temperature=0`, `seed=1`, ...); by
-        default its own defaults. The id that ends the text is not yielded. Leaving the loop early
-        stops the model. Raises UsageError, ContextOverflowError at once, MimoError on the way.
+        default its own defaults. The id that ends the text is not yielded. Leaving the loop early,
+        or dropping the iterator, stops the model. Raises UsageError and ContextOverflowError at
+        once, other errors on the way.
         """
         params = _sampling(None, sampling)
         if isinstance(prompt, str):
@@ -132,7 +135,7 @@ class LocalModel:
             finally:
                 reply.cancel()
 
-        return pieces()
+        return _cancelling(pieces(), reply.cancel)
 
     def close(self) -> None:
         """Stop and free the model; it cannot be used afterwards."""
@@ -168,7 +171,13 @@ class LocalModel:
             finally:
                 stream.cancel()
 
-        return tokens()
+        return _cancelling(tokens(), stream.cancel)
+
+
+def _cancelling(stream: Iterator[_T], cancel: Callable[[], None]) -> Iterator[_T]:
+    """The same iterator; dropping it unread cancels too, which its `finally` would not."""
+    weakref.finalize(stream, cancel).atexit = False
+    return stream
 
 
 def _sampling(name: str | None, values: Mapping[str, Any]) -> SamplingParams:

@@ -9,12 +9,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Final
+from typing import Final, Protocol
 
 from mimo_local.events import Done, Event, Failed
-
-if TYPE_CHECKING:
-    from mimo_local.tokenizer import StreamDecoder
 
 NO_ID: Final = -1
 """Id of a last Token event that only carries text held back until the end."""
@@ -53,10 +50,20 @@ class Stream:
         return event
 
 
+class Decoder(Protocol):
+    """Ids to text, one at a time: a tokenizer's `stream()`."""
+
+    def push(self, token: int) -> str:
+        """The text this id completes."""
+
+    def flush(self) -> str:
+        """The rest, at the end."""
+
+
 class TextOutput:
     """Ids to text, ending before a stop text; a possible beginning of one is held back."""
 
-    def __init__(self, decoder: StreamDecoder | None, stop: Sequence[str] = ()) -> None:
+    def __init__(self, decoder: Decoder | None, stop: Sequence[str] = ()) -> None:
         self._decoder = decoder
         self._stop = tuple(s for s in stop if s)
         self._held = ""

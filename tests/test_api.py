@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,9 @@ from test_tokenizer import DEFINITION, TEMPLATE, write
 import mimo_local
 from mimo_local.api import LocalModel
 from mimo_local.chat import Message
+from mimo_local.engine import Stream
 from mimo_local.errors import ContextOverflowError, MimoError, UsageError
-from mimo_local.events import Token
+from mimo_local.events import Done
 from mimo_local.sampler import SamplingParams
 
 IDS = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -76,12 +76,25 @@ def test_a_seed_repeats_an_answer(model: LocalModel) -> None:
     assert once() != once()
 
 
-def test_leaving_the_loop_stops_the_model(model: LocalModel) -> None:
+def test_leaving_or_dropping_a_stream_stops_the_model(
+    model: LocalModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    streams: list[Stream] = []
+    submit = model.engine.submit
+
+    def recorded(*args: Any, **kwargs: Any) -> Stream:
+        streams.append(submit(*args, **kwargs))
+        return streams[-1]
+
+    monkeypatch.setattr(model.engine, "submit", recorded)
     for _ in model.generate(IDS, max_tokens=4000):
         break
-    started = time.monotonic()
+    model.generate(IDS, max_tokens=4000)  # never even begun
     model.logits(IDS)  # waits for its turn
-    assert time.monotonic() - started < 2
+    for stream in streams:
+        end = list(stream)[-1]
+        assert isinstance(end, Done)
+        assert end.reason == "cancelled"
 
 
 def test_without_a_tokenizer_text_is_refused_at_once(model: LocalModel) -> None:
@@ -219,4 +232,3 @@ def test_the_package_is_lazy_and_says_what_it_has() -> None:
     assert done.stdout.split() == ["False", "False"]
     with pytest.raises(AttributeError, match="nothing_here"):
         _ = mimo_local.nothing_here
-    assert Token(1, "x").id == 1

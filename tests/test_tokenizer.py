@@ -383,7 +383,7 @@ def test_a_hostile_template_is_one_clear_error(name: str) -> None:
         assert "object at" not in str(caught.value)
     assert said in str(caught.value)
     assert caught.value.hint
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 30  # unlimited, it would take days
     assert sys.gettrace() is before
 
 
