@@ -20,7 +20,7 @@ import torch
 
 from mimo_local.errors import CheckpointError
 from quant.fp8 import BLOCK, fp8_to_f32, fused_grid
-from quant.tensorfile import DTYPES, TensorFile, read_json
+from quant.tensorfile import DTYPES, Scratch, TensorFile, read_json
 
 INDEX = "model.safetensors.index.json"
 REFETCH = "fetch this file of the checkpoint again; its checksum is on the model's hub page"
@@ -46,14 +46,14 @@ class _Source:
     def nbytes(self) -> int:
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
-    def load(self, start: int, stop: int) -> torch.Tensor:
+    def load(self, start: int, stop: int, scratch: Scratch | None = None) -> torch.Tensor:
         """Rows start..stop in the stored dtype."""
         dtype = DTYPES[self.dtype]
         tail = self.shape[1:]
         step = math.prod(tail) * dtype.itemsize
         offset = self.file.entries[self.stored].offset + (self.row + start) * step
         shape = (stop - start, *tail) if self.shape else ()
-        return self.file.load(offset, dtype, shape, self.stored)
+        return self.file.load(offset, dtype, shape, self.stored, scratch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,26 +141,31 @@ class Checkpoint:
         source = self._source(name)
         return source.load(0, source.shape[0] if source.shape else 1)
 
-    def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
+    def read(
+        self, name: str, rows: slice | None = None, *, scratch: Scratch | None = None
+    ) -> torch.Tensor:
         """Float32 values, FP8 scales applied; `rows` selects a range of the first axis (step 1).
 
-        Raises CheckpointError naming file and tensor for NaN or infinite scales and weights.
+        With `scratch` the result is valid until the next read with it. Raises CheckpointError
+        naming file and tensor for NaN or infinite scales and weights.
         """
         source = self._source(name)
         total = source.shape[0] if source.shape else 1
         start, stop, _ = (rows or slice(None)).indices(total)
         stop = max(start, stop)
-        raw = source.load(start, stop)
-        if source.dtype in _FP8:
-            values = fp8_to_f32(raw)
-            self._apply_scales(name, values, start, stop)
-        elif source.dtype in _FLOATS:
-            values = raw.float()
-        else:
+        if source.dtype not in _FP8 + _FLOATS:
             raise CheckpointError(
                 f"{source.file.path.name}: {name} is stored as {source.dtype}, not as weights",
                 hint="this version reads FP8 (E4M3), BF16, F16 and F32 checkpoints",
             )
+        scratch = scratch or Scratch()
+        raw = source.load(start, stop, scratch)
+        values = scratch.take("values", torch.float32, tuple(raw.shape))
+        if source.dtype in _FP8:
+            fp8_to_f32(raw, values)
+            self._apply_scales(name, values, start, stop)
+        else:
+            values.copy_(raw)
         # One sum is 4 times cheaper than isfinite; only a bad (or huge) sum asks for the full look.
         if not bool(values.sum().isfinite()) and not bool(values.isfinite().all()):
             raise CheckpointError(

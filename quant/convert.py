@@ -31,6 +31,7 @@ from quant.journal import Journal
 from quant.layout import TensorSpec, plan_experts
 from quant.pack import JOURNAL, OnProgress, Pack
 from quant.recipe import Job, Recipe, plan_bytes, plan_jobs
+from quant.tensorfile import Scratch
 from quant.writer import MANIFEST, PART, PackWriter, Record
 
 __all__ = ["Recipe", "convert", "plan_bytes"]
@@ -81,11 +82,12 @@ def convert(
     try:
         done = _resumable(journal, target, jobs)
         _check_space(target, sum(job.nbytes() for job in jobs if job.file not in done))
+        scratch = Scratch()
         for job in jobs:
             if job.file in done:
                 meter.skip(sum(source.stored_bytes(name) for name in job.names()))
                 continue
-            run = _Run(source, recipe, meter, cancel, f"{len(done)} of {len(jobs)} files")
+            run = _Run(source, recipe, meter, cancel, f"{len(done)} of {len(jobs)} files", scratch)
             done[job.file] = run.write(job, writer)
             journal.add(done[job.file])
         _finish(writer, source, head, jobs, done)
@@ -105,6 +107,7 @@ class _Run:
     meter: _Meter
     cancel: Callable[[], bool] | None
     kept: str
+    scratch: Scratch
 
     def write(self, job: Job, writer: PackWriter) -> Record:
         if job.shapes is None:
@@ -121,7 +124,7 @@ class _Run:
         for start in range(0, rows, step):
             self._check_cancelled()
             stop = min(start + step, rows)
-            w = self.source.read(spec.name, slice(start, stop))
+            w = self.source.read(spec.name, slice(start, stop), scratch=self.scratch)
             yield fmt.pack(w, search=self.recipe.search)
             self.meter.add((stop - start) * per_row, _stage(spec.name))
         self.meter.add(self.source.stored_bytes(spec.name) - rows * per_row, _stage(spec.name))
@@ -132,7 +135,8 @@ class _Run:
         parts = {}
         for matrix in EXPERT_PARTS:
             name = expert_name(job.layer, expert, matrix)
-            parts[matrix] = fmt.pack(self.source.read(name), search=self.recipe.search)
+            w = self.source.read(name, scratch=self.scratch)
+            parts[matrix] = fmt.pack(w, search=self.recipe.search)
             self.meter.add(self.source.stored_bytes(name), _stage(name))
         return parts
 

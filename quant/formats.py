@@ -20,28 +20,20 @@ from mimo_local.errors import PackError
 Parts = dict[str, torch.Tensor]
 """A stored matrix: what `Format.parts` names, as CPU tensors."""
 Unpack = Callable[[Parts], torch.Tensor]
+PartShapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+"""Part name -> (dtype, shape)."""
 
 BLOCK = 64
 """NF4: weights that share one scale."""
 
+# fmt: off
 NF4_CODES: tuple[float, ...] = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )
+# fmt: on
 """The 16 values of bitsandbytes' nf4 code, exact in float32."""
 
 NATIVE_ROWS = 16
@@ -50,11 +42,9 @@ NATIVE_ROWS = 16
 _CHUNK = 1 << 22
 """Weights a torch twin works on at once: 16 MiB in float32, so temporaries stay below ~200 MB."""
 
-_NF4_FACTORS = (
-    *(0.75, 0.78, 0.81, 0.84, 0.86, 0.88, 0.90, 0.92, 0.94),
-    *(0.96, 0.98, 1.02, 1.04, 1.06, 1.08, 1.10),
-)
-_INT8_FACTORS = (0.99, 0.98, 0.97, 0.96, 0.95, 0.94, 0.93, 0.92, 0.91, 0.90)
+_HUNDREDTHS = (75, 78, 81, 84, 86, 88, 90, 92, 94, 96, 98, 102, 104, 106, 108, 110)
+_NF4_FACTORS = tuple(n / 100 for n in _HUNDREDTHS)
+_INT8_FACTORS = tuple(n / 100 for n in range(99, 89, -1))
 """Scales tried, as parts of the block's (row's) largest magnitude; the kernels try the same."""
 
 _CLEARLY_LESS = 1 - 2**-12
@@ -71,7 +61,7 @@ class Format(Protocol):
     def supports(self, rows: int, cols: int) -> bool:
         """Whether a (rows, cols) matrix can be stored this way."""
 
-    def parts(self, rows: int, cols: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    def parts(self, rows: int, cols: int) -> PartShapes:
         """Name -> (dtype, shape) of what `pack` gives for a (rows, cols) matrix."""
 
     def nbytes(self, rows: int, cols: int) -> int:
@@ -85,10 +75,6 @@ class Format(Protocol):
 
     def matmul(self, x: torch.Tensor, parts: Parts) -> torch.Tensor:
         """x (T, K) float32 -> x @ W^T (T, N) float32."""
-
-
-def _size(parts: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> int:
-    return sum(dtype.itemsize * math.prod(shape) for dtype, shape in parts.values())
 
 
 def _row_chunks(rows: int, cols: int, limit: int = _CHUNK) -> Iterator[slice]:
@@ -110,7 +96,7 @@ class _Quantized(ABC):
     def supports(self, rows: int, cols: int) -> bool: ...
 
     @abstractmethod
-    def parts(self, rows: int, cols: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]: ...
+    def parts(self, rows: int, cols: int) -> PartShapes: ...
 
     @abstractmethod
     def pack_torch(self, w: torch.Tensor, *, search: bool = True) -> Parts: ...
@@ -123,7 +109,8 @@ class _Quantized(ABC):
 
     def nbytes(self, rows: int, cols: int) -> int:
         """Bytes of all parts."""
-        return _size(self.parts(rows, cols))
+        parts = self.parts(rows, cols).values()
+        return sum(dtype.itemsize * math.prod(shape) for dtype, shape in parts)
 
     def pack(self, w: torch.Tensor, *, search: bool = True) -> Parts:
         """W (N, K) float32 -> parts; raises PackError for a shape the format cannot hold."""
@@ -138,10 +125,9 @@ class _Quantized(ABC):
         if native is None:
             return self.pack_torch(w, search=search)
         out = {k: torch.empty(s, dtype=d) for k, (d, s) in self.parts(rows, cols).items()}
+        codes, scales = out["codes"].data_ptr(), out["scales"].data_ptr()
         quantize = native.nf4_quantize if self.name == "nf4" else native.int8_quantize
-        quantize(
-            w.data_ptr(), rows, cols, out["codes"].data_ptr(), out["scales"].data_ptr(), search
-        )
+        quantize(w.data_ptr(), rows, cols, codes, scales, search)
         return out
 
     def unpack(self, parts: Parts) -> torch.Tensor:
@@ -197,7 +183,7 @@ class NF4(_Quantized):
         """Columns must be a positive multiple of 64."""
         return rows > 0 and cols > 0 and cols % BLOCK == 0
 
-    def parts(self, rows: int, cols: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    def parts(self, rows: int, cols: int) -> PartShapes:
         """codes uint8 (N, K/2), scales float16 (N, K/64)."""
         return {
             "codes": (torch.uint8, (rows, cols // 2)),
@@ -316,7 +302,7 @@ class INT8(_Quantized):
         """Any matrix."""
         return rows > 0 and cols > 0
 
-    def parts(self, rows: int, cols: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    def parts(self, rows: int, cols: int) -> PartShapes:
         """codes int8 (N, K), scales float32 (N,)."""
         return {"codes": (torch.int8, (rows, cols)), "scales": (torch.float32, (rows,))}
 
@@ -352,7 +338,7 @@ class Plain:
         """Any matrix."""
         return rows > 0 and cols > 0
 
-    def parts(self, rows: int, cols: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    def parts(self, rows: int, cols: int) -> PartShapes:
         """weight (N, K)."""
         return {"weight": (self.dtype, (rows, cols))}
 
@@ -361,8 +347,9 @@ class Plain:
         return rows * cols * self.dtype.itemsize
 
     def pack(self, w: torch.Tensor, *, search: bool = True) -> Parts:
-        """W (N, K) float32 -> parts, rounded to the dtype; there is no scale to search."""
-        return {"weight": w.detach().to(device="cpu", dtype=self.dtype).contiguous()}
+        """W (N, K) float32 -> its copy, rounded to the dtype; there is no scale to search."""
+        copied = torch.empty(w.shape, dtype=self.dtype)
+        return {"weight": copied.copy_(w.detach())}
 
     def unpack(self, parts: Parts) -> torch.Tensor:
         """Parts -> W (N, K) float32."""

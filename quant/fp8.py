@@ -58,20 +58,19 @@ def fused_grid(q: int, k: int, v: int, tp: int, block: int = BLOCK) -> FusedGrid
 _PAIRS: list[np.ndarray[Any, np.dtype[np.uint64]]] = []
 
 
-def fp8_to_f32(raw: torch.Tensor) -> torch.Tensor:
-    """FP8 values as float32, scales not applied.
+def fp8_to_f32(raw: torch.Tensor, out: torch.Tensor) -> None:
+    """Widen FP8 values into `out` (float32, same shape, contiguous), scales not applied.
 
-    Two codes at a time through a 65536-entry table: 0.7-1.0 G weights/s on one core, where
-    `Tensor.float()` reaches 0.12 (309 G weights would take 45 minutes).
+    Two codes at a time through a 65536-entry table: about 1 G weights/s on one core, where
+    `Tensor.copy_` reaches 0.12 (309 G weights would take 45 minutes).
     """
     if raw.dtype != torch.float8_e4m3fn or raw.numel() % 2:
-        return raw.float()
+        out.copy_(raw)
+        return
     if not _PAIRS:
         single = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().numpy()
         codes = np.arange(65536, dtype=np.uint16).view(np.uint8).reshape(-1, 2)
         _PAIRS.append(np.ascontiguousarray(single[codes]).view(np.uint64).reshape(-1))
-    out = torch.empty(raw.shape, dtype=torch.float32)
     pairs = np.frombuffer(bytes_of(raw), dtype=np.uint16)
     target = np.frombuffer(bytes_of(out), dtype=np.uint64)
     np.take(_PAIRS[0], pairs, out=target, mode="clip")
-    return out

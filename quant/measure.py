@@ -8,7 +8,7 @@ import torch
 def relative_rms(exact: torch.Tensor, stored: torch.Tensor) -> float:
     """Root mean square of the difference over that of `exact`; 0 when both are all zero.
 
-    Same shapes, any float dtype. NF4 on Gaussian weights gives about 0.09, int8 rows about 0.007.
+    Same shapes, any float dtype. NF4 on Gaussian weights gives about 0.085, int8 rows about 0.008.
     """
     size = exact.double().norm().item()
     error = (stored.double() - exact.double()).norm().item()

@@ -26,8 +26,10 @@ from safetensors.torch import load_file, save_file
 from mimo_local.errors import CheckpointError
 from quant.checkpoint import INDEX, Checkpoint
 from quant.fp8 import fp8_to_f32, fused_grid
+from quant.tensorfile import Scratch
 
 torch.set_num_threads(1)
+SCRATCH = Scratch()
 K_FULL = "model.layers.0.self_attn.k_proj.weight"
 
 
@@ -116,10 +118,11 @@ def test_the_naive_layout_would_fail_by_a_wide_margin(tmp_path: Path) -> None:
 
 def test_every_code_of_fp8_widens_as_torch_widens_it() -> None:
     codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).view(2, 128)
-    assert torch.equal(fp8_to_f32(codes).isnan(), codes.float().isnan())
-    assert torch.equal(fp8_to_f32(codes).nan_to_num(), codes.float().nan_to_num())
-    odd = codes[:1, :3].contiguous()
-    assert torch.equal(fp8_to_f32(odd), odd.float())
+    for raw in (codes, codes[:1, :3].contiguous(), codes.view(torch.float8_e5m2)):
+        wide = torch.empty(raw.shape)
+        fp8_to_f32(raw, wide)
+        assert torch.equal(wide.isnan(), raw.float().isnan())
+        assert torch.equal(wide.nan_to_num(), raw.float().nan_to_num())
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -217,7 +220,9 @@ def test_rows_of_a_tensor_are_those_of_the_whole(
     n = weights[name].shape[0]
     start = data.draw(st.none() | st.integers(-n - 2, n + 2))
     stop = data.draw(st.none() | st.integers(-n - 2, n + 2))
-    assert torch.equal(ckpt.read(name, slice(start, stop)), weights[name][start:stop])
+    wanted = weights[name][start:stop]
+    assert torch.equal(ckpt.read(name, slice(start, stop)), wanted)
+    assert torch.equal(ckpt.read(name, slice(start, stop), scratch=SCRATCH), wanted)
 
 
 @pytest.fixture(scope="module")
