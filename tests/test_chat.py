@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import date
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from mimo_local.chat import PRESETS, Chat, Message, Piece, Splitter, ask, mimo_s
 from mimo_local.errors import MimoError, UsageError
 from mimo_local.events import Done, Failed, Prefill
 from mimo_local.sampler import SamplingParams
+from mimo_local.settings import describe
 
 
 def split(parts: Sequence[str], *, opened: bool = False) -> tuple[str, str]:
@@ -49,6 +51,18 @@ def test_presets_are_the_published_ones() -> None:
         "default": (0.8, 0.95, 1024, 1.0),
     }
     assert all(p.name == name and p.description for name, p in PRESETS.items())
+
+
+def test_docs_and_help_name_the_presets() -> None:
+    docs = Path(__file__).parent.parent / "docs" / "settings.md"
+    section = docs.read_text(encoding="utf-8").split("## Presets")[1].split("\n## ")[0]
+    rows = [[c.strip(" `") for c in line.split("|")[1:-1]] for line in section.splitlines()]
+    table = {row[0]: [float(c) for c in row[1:]] for row in rows[4:] if len(row) == 5}
+    assert table == {
+        name: [p.temperature, p.top_p, p.max_tokens, p.repetition_penalty]
+        for name, p in PRESETS.items()
+    }
+    assert set(describe("preset").split(": ")[1].split(", ")) == set(PRESETS)
 
 
 def test_a_preset_gives_way_to_what_the_user_set() -> None:

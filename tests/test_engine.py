@@ -20,7 +20,7 @@ from fakes import FakeCache, FakeModel, FakeTokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mimo_local.engine import MAX_SNAPSHOTS, Engine, Session, Stream
+from mimo_local.engine import MAX_SNAPSHOTS, Engine, Session
 from mimo_local.errors import ContextOverflowError, MimoError, NotEnoughMemoryError, UsageError
 from mimo_local.events import Done, Event, Failed, Prefill, Token
 from mimo_local.sampler import SamplingParams
@@ -464,7 +464,3 @@ def test_importing_the_engine_is_light() -> None:
     code = "import sys, mimo_local.engine; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
-
-
-def test_stream_is_exported() -> None:
-    assert Stream.__module__ == "mimo_local.stream"
