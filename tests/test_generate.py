@@ -17,6 +17,7 @@ from mimo_local.generate import generate
 from mimo_local.model import Segment
 from mimo_local.sampler import Sampler, SamplingParams
 
+torch.set_num_threads(1)  # tiny products: a second thread only waits
 PROMPT = [5, 6, 7, 8, 9]
 
 
