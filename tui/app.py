@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ChatDefaults", "MimoApp", "run"]
 
+DEMO = "Demo model: SmolLM2-135M in MiMo-V2's architecture, not MiMo itself."
+
 THEME = Theme(
     name="mimo",
     primary="#ff8f4c",
@@ -120,13 +122,12 @@ def run(settings: Settings, chat_defaults: ChatDefaults | None = None) -> int:
 
     def load(on_event: Callable[[Progress], None]) -> Engine:
         # Costs 2-3 s of torch: paid in the loading thread, the window is there already.
+        from mimo_local.demo import demo_folder, demo_pack
         from mimo_local.engine import Engine
 
-        if settings.model is not None:
-            return Engine.load(settings, on_event)
-        from mimo_local.demo import demo_pack
-
-        model = Paths.default().first_pack() or demo_pack(on_progress=on_event)
+        model = settings.model or Paths.default().first_pack() or demo_pack(on_progress=on_event)
+        if model.resolve().is_relative_to(demo_folder().resolve()):
+            app.chat_screen.about = DEMO
         return Engine.load(replace(settings, model=model), on_event)
 
     app = MimoApp(load, chat_defaults)

@@ -47,7 +47,7 @@ class Stage:
         end = time.monotonic() + timeout_s
         while not condition():
             assert time.monotonic() < end, f"waited {timeout_s} s; the screen:\n{self.text()}"
-            await self.pilot.pause(0.02)
+            await asyncio.sleep(0.01)  # pilot.pause waits up to 1 s for an idle CPU
         await self.pilot.pause()
 
     async def idle(self) -> None:

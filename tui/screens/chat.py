@@ -32,19 +32,18 @@ from tui.messages import (
     Loading,
     ModelInfo,
     Pace,
-    Problem,
     Reading,
     Ready,
     Submitted,
 )
 from tui.screens.help import HelpScreen
 from tui.widgets.answer import Answer
-from tui.widgets.figures import answer_foot, count, duration, percent, rate, stats_table
+from tui.widgets.figures import answer_foot, answering_line, reading_line, stats_table
 from tui.widgets.hints import CommandHints
 from tui.widgets.loading import LoadPanel
 from tui.widgets.prompt import Prompt
 from tui.widgets.status import StatusLine, TitleBar
-from tui.widgets.transcript import ErrorBox, Note, Transcript, UserMessage
+from tui.widgets.transcript import ErrorBox, Transcript, UserMessage
 
 State = Literal["loading", "idle", "answering", "failed"]
 
@@ -78,12 +77,12 @@ class ChatScreen(Screen[None]):
         self.state: State = "loading"
         self.model: ModelInfo | None = None
         self.exit_code = 0
+        self.about = ""
+        """Said under the model's description; set by `run` before the engine is ready."""
         self.bridge: Bridge | None = None
         self._stats: Stats | None = None
         self._turn: Turn | None = None
         self._send_when_ready = False
-
-    # ---- making and leaving --------------------------------------------------------------------
 
     def compose(self) -> ComposeResult:
         """Top to bottom."""
@@ -115,12 +114,17 @@ class ChatScreen(Screen[None]):
 
         self.bridge = Bridge(post, later, self._factory, self._defaults)
         self.bridge.load()
-        self.watch(self.query_one(Transcript), "scroll_y", self._show_position, init=False)
+        self.watch(self.transcript, "scroll_y", self._show_position, init=False)
 
     @property
     def prompt(self) -> Prompt:
         """Where the user types."""
         return self.query_one(Prompt)
+
+    @property
+    def transcript(self) -> Transcript:
+        """Where everything said is."""
+        return self.query_one(Transcript)
 
     def _new_chat(self) -> Chat:
         d = self._defaults
@@ -138,7 +142,10 @@ class ChatScreen(Screen[None]):
         await self.query_one(LoadPanel).remove()
         self.query_one(TitleBar).show(model)
         self.query_one(StatusLine).limit = model.context_limit
-        await self._note(f"{model.name}: {model.description}\nEverything stays on this machine.")
+        private = "Everything stays on this machine."
+        await self.transcript.note(
+            "\n".join(filter(None, (model.description, self.about, private)))
+        )
         self._enter("idle", "ready")
         if self._send_when_ready:
             self._send_when_ready = False
@@ -148,7 +155,7 @@ class ChatScreen(Screen[None]):
     async def _load_failed(self, message: LoadFailed) -> None:
         self.exit_code = message.problem.exit_code
         await self.query_one(LoadPanel).remove()
-        await self._error("The model could not be loaded", message.problem)
+        await self.transcript.say(ErrorBox("The model could not be loaded", message.problem))
         self._enter("failed", "no model · Ctrl+Q quits")
 
     # ---- the user ------------------------------------------------------------------------------
@@ -203,12 +210,12 @@ class ChatScreen(Screen[None]):
     async def _send(self, text: str) -> None:
         self.chat.messages.append(Message("user", text))
         turn = Turn(UserMessage(text), Answer())
-        await self.query_one(Transcript).mount(turn.asked, turn.answer)
+        await self.transcript.mount(turn.asked, turn.answer)
         self._ask(turn)
 
     def _ask(self, turn: Turn) -> None:
         self._turn = turn
-        self.query_one(Transcript).follow()
+        self.transcript.follow()
         self._enter("answering", "reading the prompt")
         if self.bridge is not None:
             self.bridge.ask(self.chat, attempt=turn.attempt)
@@ -220,10 +227,7 @@ class ChatScreen(Screen[None]):
             return
         if self._turn is not None:
             self._turn.prompt_tokens = p.total
-        text = f"reading the prompt · {percent(p.done, p.total)}% of {count(p.total, 'token')}"
-        if p.tokens_per_s > 0 and p.done < p.total:
-            text += f" · {duration((p.total - p.done) / p.tokens_per_s)} left"
-        self._say(text)
+        self._say(reading_line(p))
         self.query_one(StatusLine).used = p.done
 
     @on(AnswerDelta)
@@ -231,23 +235,19 @@ class ChatScreen(Screen[None]):
         if self._turn is None:
             return
         await self._turn.answer.add(message.pieces, message.pace)
-        pace = message.pace
-        what = "thinking" if pace.tokens == pace.thinking_tokens else "answering"
-        text = f"{what} · {count(pace.tokens, 'token')}"
-        self._say(text + (f" · {rate(pace.tokens_per_s)}" if pace.tokens_per_s else ""))
-        status = self.query_one(StatusLine)
-        status.used = self._turn.prompt_tokens + pace.tokens
+        self._say(answering_line(message.pace))
+        self.query_one(StatusLine).used = self._turn.prompt_tokens + message.pace.tokens
 
     @on(AnswerDone)
     async def _done(self, message: AnswerDone) -> None:
         turn, stats = self._turn, message.stats
         if turn is None:
             return
-        self._stats = stats
         if message.reason == "cancelled" and not turn.answer.text and not turn.answer.reasoning:
             self.chat.messages.pop()  # the empty answer, kept by `ask`
             await self._take_back("stopped before the first word")
             return
+        self._stats = stats
         foot = answer_foot(message.reason, stats, message.pace)
         await turn.answer.finish(foot, message.pace)
         self.query_one(StatusLine).used = stats.context_used or turn.prompt_tokens
@@ -255,7 +255,7 @@ class ChatScreen(Screen[None]):
 
     @on(AnswerFailed)
     async def _failed(self, message: AnswerFailed) -> None:
-        await self._error("No answer", message.problem)
+        await self.transcript.say(ErrorBox("No answer", message.problem))
         await self._take_back("the prompt is back below")
 
     async def _take_back(self, status: str) -> None:
@@ -269,6 +269,7 @@ class ChatScreen(Screen[None]):
                 await turn.asked.remove()
                 await turn.answer.remove()
             self.prompt.put_back(asked.content)
+        self.query_one(StatusLine).used = self._stats.context_used if self._stats else 0
         self._enter("idle", status)
 
     # ---- commands ------------------------------------------------------------------------------
@@ -281,7 +282,7 @@ class ChatScreen(Screen[None]):
         if self.bridge is not None:
             self.bridge.forget()
         self._turn = self._stats = None
-        await self.query_one(Transcript).remove_children("UserMessage, Answer, Note, ErrorBox")
+        await self.transcript.remove_children("UserMessage, Answer, Note, ErrorBox")
         self.query_one(StatusLine).used = 0
         self._enter(self.state, "new chat")
 
@@ -292,7 +293,7 @@ class ChatScreen(Screen[None]):
                 f"{'●' if n == self.chat.preset else ' '} {n.ljust(10)} {p.description}"
                 for n, p in PRESETS.items()
             )
-            await self._note("\n".join(rows))
+            await self.transcript.note("\n".join(rows))
             return
         self.chat.preset = name
         self._show_settings()
@@ -301,7 +302,7 @@ class ChatScreen(Screen[None]):
     async def set_system(self, text: str) -> None:
         """Replace the system prompt; `-` returns to the model's own, nothing shows it."""
         if not text:
-            await self._note(f"system prompt: {self.chat.system or 'as the model comes'}")
+            await self.transcript.note(f"system prompt: {self.chat.system or 'as the model comes'}")
             return
         self.chat.system = "" if text == "-" else text
         self._say("system prompt: the model's own again" if text == "-" else "system prompt set")
@@ -316,9 +317,9 @@ class ChatScreen(Screen[None]):
         """Figures of the last answer."""
         s = self._stats
         if s is None:
-            await self._note("no answer yet: nothing measured")
+            await self.transcript.note("no answer yet: nothing measured")
             return
-        await self._note(stats_table(s, kernel=self.model.kernel if self.model else ""))
+        await self.transcript.note(stats_table(s, kernel=self.model.kernel if self.model else ""))
 
     async def regenerate(self) -> None:
         """Answer the last prompt again; the old answer leaves the chat."""
@@ -330,7 +331,7 @@ class ChatScreen(Screen[None]):
             return
         messages.pop()
         fresh = Answer()
-        await self.query_one(Transcript).mount(fresh, after=turn.answer)
+        await self.transcript.mount(fresh, after=turn.answer)
         await turn.answer.remove()
         self._ask(Turn(turn.asked, fresh, attempt=turn.attempt + 1))
 
@@ -371,14 +372,12 @@ class ChatScreen(Screen[None]):
 
     def action_page(self, pages: int) -> None:
         """Scroll the transcript by pages."""
-        transcript = self.query_one(Transcript)
-        transcript.scroll_relative(y=pages * max(1, transcript.size.height - 2), animate=False)
+        height = self.transcript.size.height
+        self.transcript.scroll_relative(y=pages * max(1, height - 2), animate=False)
 
     def action_follow(self) -> None:
         """Back to the newest line."""
-        self.query_one(Transcript).follow()
-
-    # ---- what is shown -------------------------------------------------------------------------
+        self.transcript.follow()
 
     def _enter(self, state: State, status: str) -> None:
         self.state = state
@@ -393,19 +392,9 @@ class ChatScreen(Screen[None]):
         self.prompt.border_subtitle = f"{self.chat.preset} · {thinking}"
 
     def _show_position(self) -> None:
-        self.query_one(StatusLine).more_below = not self.query_one(Transcript).following
+        self.query_one(StatusLine).more_below = not self.transcript.following
 
     def _busy(self, wish: str) -> bool:
         if self.state == "answering":
             self.notify(f"Stop the answer first (Esc) to {wish}", markup=False)
         return self.state == "answering"
-
-    async def _note(self, text: str) -> None:
-        transcript = self.query_one(Transcript)
-        await transcript.mount(Note(text))
-        transcript.follow()
-
-    async def _error(self, title: str, problem: Problem) -> None:
-        transcript = self.query_one(Transcript)
-        await transcript.mount(ErrorBox(title, problem))
-        transcript.follow()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mimo_local.events import FinishReason, Stats
+from mimo_local.events import FinishReason, Prefill, Stats
 from tui.messages import Pace
 
 # C0 (without tab and newline), DEL and C1 become visible signs: text from a user or a model must
@@ -60,6 +60,21 @@ def amount(done: int, total: int, unit: str) -> str:
 def percent(part: int, whole: int) -> int:
     """Whole per cent, rounded down: 100 means all of it."""
     return 0 if whole <= 0 else min(100, 100 * part // whole)
+
+
+def reading_line(p: Prefill) -> str:
+    """The status line while the prompt is processed."""
+    text = f"reading the prompt · {percent(p.done, p.total)}% of {count(p.total, 'token')}"
+    if p.tokens_per_s > 0 and p.done < p.total:
+        text += f" · {duration((p.total - p.done) / p.tokens_per_s)} left"
+    return text
+
+
+def answering_line(pace: Pace) -> str:
+    """The status line while an answer is generated."""
+    what = "thinking" if pace.tokens == pace.thinking_tokens else "answering"
+    text = f"{what} · {count(pace.tokens, 'token')}"
+    return text + (f" · {rate(pace.tokens_per_s)}" if pace.tokens_per_s else "")
 
 
 ENDINGS: dict[FinishReason, str] = {

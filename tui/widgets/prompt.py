@@ -15,7 +15,7 @@ from textual.widgets import TextArea
 from tui.commands import suggest
 from tui.messages import Submitted
 
-# Most terminals send one byte for Shift+Enter and Enter; Ctrl+J and a closing backslash always work.
+# Most terminals send one byte for Shift+Enter and Enter; Ctrl+J and a closing \ always work.
 NEWLINE_KEYS = ("shift+enter", "ctrl+j", "alt+enter")
 
 

@@ -18,7 +18,7 @@ from tui.widgets.figures import percent, plain
 
 
 class TitleBar(Horizontal):
-    """`mimo  name · description` on the left, the kernel in use on the right."""
+    """`mimo  name` on the left, the kernel in use on the right."""
 
     def compose(self) -> ComposeResult:
         """Only the brand until a model is there."""
@@ -28,7 +28,7 @@ class TitleBar(Horizontal):
 
     def show(self, model: ModelInfo) -> None:
         """Name the model and the kernel."""
-        self.query_one("#model", Static).update(f"{plain(model.name)} · {plain(model.description)}")
+        self.query_one("#model", Static).update(plain(model.name))
         self.query_one("#kernel", Static).update(plain(model.kernel))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from textual.app import ComposeResult
 from textual.containers import Vertical, VerticalScroll
 from textual.content import Content
+from textual.widget import Widget
 from textual.widgets import Static
 
 from tui.messages import Problem
@@ -25,6 +26,15 @@ class Transcript(VerticalScroll):
     def following(self) -> bool:
         """Whether the end is on screen and stays there."""
         return self.scroll_y >= self.max_scroll_y
+
+    async def say(self, widget: Widget) -> None:
+        """Add something at the end and go there."""
+        await self.mount(widget)
+        self.follow()
+
+    async def note(self, text: str) -> None:
+        """Add a remark of the tool."""
+        await self.say(Note(text))
 
     def follow(self) -> None:
         """Go to the end and stay there."""

@@ -1,0 +1,82 @@
+"""The window in a real terminal: once with a fake engine, once with the demo model."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from demo_fixtures import demo_cache, demo_downloads, demo_pack_dir, demo_source  # noqa: F401
+from tmux import Terminal, available
+
+ROOT = Path(__file__).parents[2]
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not available(), reason="tmux is not installed"),
+]
+
+
+def test_the_window_in_a_terminal() -> None:
+    launcher = [sys.executable, str(ROOT / "tests/tui/launcher.py")]
+    with Terminal(launcher, cwd=ROOT) as terminal:
+        terminal.wait_for("ready", 60)
+        terminal.type("[b]hello[/b]")
+        terminal.press("C-j")
+        terminal.type("second line")
+        terminal.press("Enter")
+        screen = terminal.wait_for(lambda s: "2. two" in " ".join(s.split()) and "tok/s" in s)
+        assert "[b]hello[/b]" in screen
+        assert "You said:" in screen
+        terminal.wait_for("ready")
+        terminal.type("hold on")
+        terminal.press("Enter")
+        terminal.wait_for("holding on")
+        terminal.press("Escape")
+        terminal.wait_for("stopped · 2 tokens")
+        terminal.resize(100, 30)
+        terminal.press("Up")
+        terminal.wait_for("│ hold on")
+        terminal.resize(60, 16)
+        terminal.wait_for("stopped · 2 tokens")
+        terminal.press("C-c")
+        terminal.wait_for("Ctrl+Q quits")
+        terminal.press("C-q")
+        assert terminal.exit_status() == 0
+
+
+@pytest.fixture
+def demo_home(demo_cache: Path, demo_pack_dir: Path, tmp_path: Path) -> Path:  # noqa: F811
+    """A MIMO_HOME whose cache holds the demo pack."""
+    (tmp_path / "cache").symlink_to(demo_cache, target_is_directory=True)
+    return tmp_path
+
+
+@pytest.mark.demo
+def test_the_demo_model_chats_in_a_terminal(demo_home: Path) -> None:
+    env = {"MIMO_HOME": str(demo_home), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
+    command = [
+        sys.executable,
+        "-m",
+        "mimo_local",
+        "chat",
+        "--temperature",
+        "0",
+        "--max-tokens",
+        "60",
+    ]
+    with Terminal(command, env=env, cwd=ROOT) as terminal:
+        screen = terminal.wait_for("ready", 120)
+        assert "not MiMo itself" in screen
+        terminal.type("What is the capital of France?")
+        terminal.press("Enter")
+        screen = terminal.wait_for(lambda s: "ready" in s and "tok/s" in s, 120)
+        assert "Paris" in screen
+        terminal.type("Tell me a long story about the sea.")
+        terminal.press("Enter")
+        terminal.wait_for(lambda s: "answering" in s, 60)
+        terminal.press("Escape")
+        terminal.wait_for("stopped", 30)
+        terminal.press("C-q")
+        assert terminal.exit_status() == 0
