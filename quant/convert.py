@@ -274,7 +274,7 @@ def _resumable(journal: Journal, target: Path, jobs: list[Job]) -> dict[str, Rec
     done = {}
     for record in journal.records:
         path = target / str(record.get("file"))
-        if path.name in wanted and path.is_file() and path.stat().st_size == record["bytes"]:
+        if path.name in wanted and path.is_file() and path.stat().st_size == record.get("bytes"):
             done[path.name] = record
     return done
 

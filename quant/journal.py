@@ -11,7 +11,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mimo_local.errors import PackError, UsageError
+from mimo_local.errors import UsageError
+from quant.writer import writing
 
 
 class Journal:
@@ -22,15 +23,12 @@ class Journal:
         self.path = path
         self.head = head
         self.records: list[dict[str, Any]] = []
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+        with writing(path, 0, 0):
+            self._fd = os.open(path, flags, 0o644)
         try:
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-        except OSError as e:
-            raise PackError(
-                f"cannot write {path} ({e.strerror})",
-                hint="choose a folder on a disk you can write to",
-            ) from e
-        try:
-            self._resume()
+            with writing(path, 0, 0):
+                self._resume()
         except BaseException:
             self.close()
             raise
@@ -71,7 +69,8 @@ class Journal:
 
     def add(self, record: dict[str, Any]) -> None:
         """Note a finished file; returns when the line is on the disk."""
-        self._append(record)
+        with writing(self.path, 0, 0):
+            self._append(record)
         self.records.append(record)
 
     def _append(self, value: dict[str, Any]) -> None:

@@ -48,14 +48,14 @@ class _Output:
         self.total = total
         self.done = 0
         self._sha = hashlib.sha256()
-        with _writing(self.path, 0, total):
+        with writing(self.path, 0, total):
             flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
             self._fd = os.open(self.part, flags, 0o644)
 
     def write(self, data: bytes | memoryview) -> None:
         view = memoryview(data)
         self._sha.update(view)
-        with _writing(self.path, self.done, self.total):
+        with writing(self.path, self.done, self.total):
             while view:
                 view = view[os.write(self._fd, view) :]
         self.done += len(data)
@@ -71,7 +71,7 @@ class _Output:
         """Make it durable, then give it its name; in this order a name means a whole file."""
         if self.done != self.total:
             raise ValueError(f"{self.path.name}: {self.done} of {self.total} bytes were given")
-        with _writing(self.path, self.done, self.total):
+        with writing(self.path, self.done, self.total):
             os.fsync(self._fd)
             self.close()
             self.part.replace(self.path)
@@ -94,14 +94,15 @@ class _Output:
 
 
 @contextmanager
-def _writing(path: Path, done: int, total: int) -> Iterator[None]:
+def writing(path: Path, done: int, total: int) -> Iterator[None]:
     """Turn what the operating system says about a full or read-only disk into our errors."""
     try:
         yield
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            short = f"{path.name} needs {total} bytes, {done} were written"
             raise DiskSpaceError(
-                f"the disk is full: {path.name} needs {total} bytes, {done} were written",
+                f"the disk is full: {short if total else f'cannot write {path.name}'}",
                 hint="free some space and run the same command again: finished files are kept",
             ) from e
         raise PackError(
@@ -125,7 +126,7 @@ class PackWriter:
     def __init__(self, dst: Path) -> None:
         """`dst` is created if need be; raises PackError when it cannot be."""
         self.dst = dst
-        with _writing(dst, 0, 0):
+        with writing(dst, 0, 0):
             dst.mkdir(parents=True, exist_ok=True)
 
     def tensors(
@@ -190,7 +191,14 @@ class PackWriter:
 
     def copy(self, source: Path, name: str | None = None) -> Record:
         """A small file (config, tokenizer) as it is."""
-        return self.blob(name or source.name, source.read_bytes())
+        try:
+            data = source.read_bytes()
+        except OSError as e:
+            raise PackError(
+                f"cannot read {source} ({e.strerror})",
+                hint="make the file readable, then run the same command again",
+            ) from e
+        return self.blob(name or source.name, data)
 
     def blob(self, name: str, data: bytes) -> Record:
         """A small file with this content."""

@@ -203,7 +203,7 @@ print(killed, total)
 def test_killed_at_any_point_it_resumes_to_the_same_bytes(
     source: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
 ) -> None:
-    rounds = 8
+    rounds = 6
     out = subprocess.run(
         [sys.executable, "-c", KILLER, str(source[0]), str(tmp_path), str(rounds)],
         capture_output=True,
@@ -317,27 +317,49 @@ def test_free_space_is_asked_for_before_the_first_byte(
     convert(source[0], tmp_path / "pack")
 
 
+@pytest.mark.parametrize("room", [0, 100, 5000, 400_000, 900_000, 1_400_000])
 def test_a_disk_that_fills_up_keeps_the_finished_files(
-    source: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: tuple[Path, dict[str, torch.Tensor]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    room: int,
 ) -> None:
-    whole = hashes(convert(source[0], tmp_path / "whole").path)
-    real, left = os.write, 900_000
+    """Wherever it happens, also in the journal: our error, and the next run goes on from there."""
+    real, left = os.write, room
 
     def write(fd: int, data: Any) -> int:
         nonlocal left
-        left -= len(data)
-        if left < 0:
+        if left == 0:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return real(fd, data)
+        n = real(fd, data[:left])
+        left -= n
+        return n
 
-    monkeypatch.setattr("quant.writer.os.write", write)
+    monkeypatch.setattr(os, "write", write)
     with pytest.raises(DiskSpaceError, match="the disk is full") as e:
         convert(source[0], tmp_path / "pack")
     assert "again" in e.value.hint
     monkeypatch.undo()
     kept = {p.name for p in (tmp_path / "pack").iterdir()}
-    assert "model.safetensors" in kept and not any(n.endswith(".part") for n in kept)
+    assert ("model.safetensors" in kept) == (room > 200_000)
+    assert not any(n.endswith(".part") for n in kept)
+    whole = hashes(convert(source[0], tmp_path / "whole").path)
     assert hashes(convert(source[0], tmp_path / "pack").path) == whole
+
+
+def test_a_file_that_cannot_be_copied(
+    source: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Path.read_bytes
+
+    def read_bytes(path: Path) -> bytes:
+        if path.name == "tokenizer.json":
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+        return real(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    with pytest.raises(PackError, match=r"cannot read .*tokenizer\.json"):
+        convert(source[0], tmp_path / "pack")
 
 
 def test_folders_a_pack_may_not_go_to(tmp_path: Path) -> None:
