@@ -18,7 +18,8 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Final
@@ -188,14 +189,15 @@ def _through_hub(folder: Path, on_progress: OnProgress) -> None:
     for pin in HUB_FILES:
         _report(on_progress, "fetching demo model", done, total)
         try:
-            hf_hub_download(
-                HUB_REPO,
-                pin.name,
-                revision=HUB_REVISION,
-                local_dir=folder,
-                etag_timeout=15.0,
-                token=False,  # a public repository: the user's credentials stay at home
-            )
+            with _quiet_hub():
+                hf_hub_download(
+                    HUB_REPO,
+                    pin.name,
+                    revision=HUB_REVISION,
+                    local_dir=folder,
+                    etag_timeout=15.0,
+                    token=False,  # a public repository: the user's credentials stay at home
+                )
         except Exception as error:  # its client's error classes change from version to version
             text = str(error).strip() or type(error).__name__
             raise _UnreachableError(f"hub: {text.splitlines()[0][:200]}") from error
@@ -203,6 +205,22 @@ def _through_hub(folder: Path, on_progress: OnProgress) -> None:
         done += pin.nbytes
     shutil.rmtree(folder / ".cache", ignore_errors=True)
     _report(on_progress, "fetching demo model", total, total)
+
+
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """The hub client without its own bars and retry warnings (24 s of them without a network)."""
+    from huggingface_hub import utils
+
+    level, hidden = utils.logging.get_verbosity(), utils.are_progress_bars_disabled()
+    utils.logging.set_verbosity_error()
+    utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        utils.logging.set_verbosity(level)
+        if not hidden:
+            utils.enable_progress_bars()
 
 
 def _extract(wheel: Path, target: Path, on_progress: OnProgress) -> None:
