@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Final
+from typing import IO, Any, Final
 
 from mimo_local.demo.source import GgufSource, HubSource, Source
 from mimo_local.errors import DownloadError
@@ -210,8 +210,9 @@ def _through_hub(folder: Path, on_progress: OnProgress) -> None:
 @contextmanager
 def _quiet_hub() -> Iterator[None]:
     """The hub client without its own bars and retry warnings (24 s of them without a network)."""
-    from huggingface_hub import utils
+    import huggingface_hub.utils
 
+    utils: Any = huggingface_hub.utils  # it carries no types
     level, hidden = utils.logging.get_verbosity(), utils.are_progress_bars_disabled()
     utils.logging.set_verbosity_error()
     utils.disable_progress_bars()
