@@ -44,6 +44,8 @@ class Checked:
     text: str
     citations: tuple[Citation, ...]
     removed: int
+    matched: bool = False
+    """The marks are not the model's own: they were found by matching words."""
 
 
 class Anchors:

@@ -11,13 +11,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mimo_local.chat import PRESETS
+from mimo_local.chat import preset
 from mimo_local.documents import Document
-from mimo_local.errors import ContextOverflowError, DocumentError, MimoError, UsageError
+from mimo_local.errors import ContextOverflowError, DocumentError, MimoError
 from mimo_local.sampler import SamplingParams
 from mimo_local.summarize import prompts
 from mimo_local.summarize.chunks import Block, blocks_of, pack
 from mimo_local.summarize.citations import Checked
+from mimo_local.summarize.matching import MOST_CHARACTERS, Matcher, mark_by_words
 from mimo_local.summarize.prompts import Messages
 from mimo_local.summarize.runner import EngineLike, Meter, OnEvent, Runner, Written
 from mimo_local.summarize.sources import Sources, places
@@ -95,7 +96,7 @@ class Job:
             title=self.sources.title(blocks),
             tokens=size,
             notes="",
-            cited=bool(checked.citations),
+            cited=bool(checked.citations) and not checked.matched,
         )
         return self._summary(checked, "one pass", (part,), blocks)
 
@@ -122,7 +123,7 @@ class Job:
             checked = self._checked(written, group)
             note = Note(tuple(group), self._sourced(checked, group))
             where = self.sources.where(group)
-            cited = bool(checked.citations)
+            cited = bool(checked.citations) and not checked.matched
             title = self.sources.title(group)
             parts.append(Part(where, title, size, note.text, cited, written.reused))
             if note.text:
@@ -265,8 +266,13 @@ class Job:
     # -- the result
 
     def _checked(self, written: Written, blocks: Sequence[Block]) -> Checked:
-        checked = self.sources.anchors.check(written.text, places(blocks))
+        given = places(blocks)
+        checked = self.sources.anchors.check(written.text, given)
         self.removed += checked.removed
+        if not checked.citations and sum(len(b.text) for b in blocks) <= MOST_CHARACTERS:
+            tags = {place: self.sources.anchors.tag(*place) for place in given}
+            matched = mark_by_words(checked.text, Matcher(blocks), tags)
+            checked = replace(self.sources.anchors.check(matched, given), matched=True)
         if written.reason == "length" and not written.reused:
             self.warnings.append("an answer reached its longest length and was cut at a sentence")
         elif written.reason == "context":
@@ -301,7 +307,9 @@ class Job:
 
     def _all_warnings(self, checked: Checked, heard: Sequence[Block]) -> list[str]:
         warnings = list(dict.fromkeys(self.warnings))
-        if not checked.citations:
+        if checked.citations and checked.matched:
+            warnings.append("the model named no pages: marks are where the words of a sentence are")
+        elif not checked.citations:
             warnings.append(
                 f"the model named no pages: all of this is from {self.sources.where(heard)}"
             )
@@ -348,21 +356,13 @@ def _answer_tokens(options: Options, most: int, words: int, context: int) -> int
 
 def _params(options: Options) -> SamplingParams:
     """The preset's sampling parameters with what the options set themselves."""
-    if options.preset not in PRESETS:
-        raise UsageError(
-            f"there is no preset {options.preset!r}", hint=f"presets: {', '.join(PRESETS)}"
-        )
-    preset = PRESETS[options.preset]
-    params = SamplingParams(
-        temperature=preset.temperature,
-        top_p=preset.top_p,
-        repetition_penalty=preset.repetition_penalty,
-        max_tokens=preset.max_tokens,
+    return preset(options.preset).params(
+        temperature=options.temperature,
+        top_p=options.top_p,
+        repetition_penalty=options.repetition_penalty,
+        max_tokens=options.max_tokens,
         seed=options.seed,
     )
-    names = ("temperature", "top_p", "repetition_penalty", "max_tokens")
-    own = {name: value for name in names if (value := getattr(options, name)) is not None}
-    return replace(params, **own)
 
 
 def _silent() -> MimoError:

@@ -46,7 +46,7 @@ class Part:
     notes: str
     """Empty in one pass."""
     cited: bool
-    """False: the model named no page, so the whole stretch stands as the source."""
+    """False: the model named no page; the marks were matched by words, or are the stretch."""
     reused: bool = False
 
 
