@@ -433,7 +433,7 @@ def test_progress_never_goes_back_and_ends_at_its_total() -> None:
 
 def test_the_result_is_json_and_markdown(golden: Callable[[str, str], None]) -> None:
     engine = FakeEngine(
-        reply=lambda p: f"Facts of this. {re.findall(r'.p. [0-9]+.', p)[0]}", context_limit=4000
+        reply=lambda p: noted(p).replace(f"{len(p)} letters", "lamps"), context_limit=4000
     )
     found = run(engine, make(12, sentences=10, chapters=(1, 7), unread=(5,)))
     again = json.loads(json.dumps(found.to_dict()))
@@ -465,6 +465,7 @@ def test_answers_are_tidied() -> None:
     looped = "The lamp burns all night. [p. 1] The lamp burns all night. [p. 2] It is bright."
     assert tidy(looped) == "The lamp burns all night. [p. 1] It is bright."
     assert tidy("Here is a summary of the text:\n\nThe lamp burns.") == "The lamp burns."
+    assert tidy("The lamp burns.\n</text>") == "The lamp burns."
     assert tidy("Here the keeper lives: in a tower.") == "Here the keeper lives: in a tower."
     assert (
         tidy("- one two three four\n- one two three four\n\n- x") == "- one two three four\n\n- x"

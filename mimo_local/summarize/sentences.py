@@ -43,8 +43,8 @@ def _past_blanks(text: str, at: int) -> int:
 
 
 def tidy(text: str, *, cut_off: bool = False) -> str:
-    """An answer without "Here is the summary:", sentences said twice, or a torn end."""
-    text = _PREAMBLE.sub("", text.strip())
+    """An answer without "Here is the summary:", echoed fences, repetitions, or a torn end."""
+    text = _PREAMBLE.sub("", re.sub(r"</?(?:text|notes)\d*>", "", text).strip())
     if cut_off:
         text = _to_last_sentence(text)
     return "\n".join(_once(text.split("\n"))).strip()
