@@ -29,7 +29,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Prefill:
-    """`done` of `total` prompt tokens have been processed (tokens found in the cache count as done)."""
+    """`done` of `total` prompt tokens have been processed; tokens found in the cache count."""
 
     done: int
     total: int
@@ -38,7 +38,7 @@ class Prefill:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One generated token and the text it completes (empty while a UTF-8 character is unfinished)."""
+    """One token and the text it completes: empty while a UTF-8 character is unfinished."""
 
     id: int
     text: str

@@ -1,4 +1,4 @@
-"""Shared fixtures: every test gets a user folder of its own; golden texts are compared or rewritten."""
+"""Shared fixtures: a user folder per test, golden texts, the demo model built once."""
 
 from __future__ import annotations
 
@@ -6,6 +6,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from demo_fixtures import (  # noqa: F401  (fixtures)
+    demo_cache,
+    demo_checkpoint,
+    demo_downloads,
+    demo_pack_dir,
+    demo_source,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -30,7 +37,7 @@ def user_home(
 
 @pytest.fixture
 def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
-    """`golden(name, text)`: the text must equal tests/golden/<name>; `--update-golden` writes it."""
+    """`golden(name, text)` compares with tests/golden/<name>; `--update-golden` writes it."""
 
     def check(name: str, text: str) -> None:
         path = GOLDEN / name

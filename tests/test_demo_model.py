@@ -15,15 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-# Session fixtures: pytest finds them by name in this module.
-from demo_fixtures import (  # noqa: F401
-    demo_cache,
-    demo_checkpoint,
-    demo_downloads,
-    demo_pack_dir,
-    demo_source,
-    llama_of,
-)
+from demo_fixtures import llama_of
 
 from mimo_local.config import ModelConfig
 from mimo_local.demo.rewrite import EXACT, TWINS, Layout
@@ -49,12 +41,12 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def original(demo_source: Source) -> Any:  # noqa: F811
+def original(demo_source: Source) -> Any:
     return llama_of(demo_source)
 
 
 @pytest.fixture(scope="module")
-def tokenizer(demo_source: Source, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:  # noqa: F811
+def tokenizer(demo_source: Source, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     folder = tmp_path_factory.mktemp("tokenizer")
     for name, text in demo_source.tokenizer_files().items():
         (folder / name).write_text(text, encoding="utf-8")
@@ -131,7 +123,7 @@ def test_tokenizer_round_trip(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_chat_template_and_stop(tokenizer: Tokenizer, demo_source: Source) -> None:  # noqa: F811
+def test_chat_template_and_stop(tokenizer: Tokenizer, demo_source: Source) -> None:
     import tokenizers
 
     plain = tokenizers.Tokenizer.from_str(demo_source.tokenizer_files()["tokenizer.json"])
@@ -150,7 +142,7 @@ def test_chat_template_and_stop(tokenizer: Tokenizer, demo_source: Source) -> No
 
 @pytest.mark.parametrize("run", [transformers_logits, engine_logits])
 def test_exact_variant_has_the_originals_logits(
-    demo_checkpoint: Callable[[Layout], Path],  # noqa: F811
+    demo_checkpoint: Callable[[Layout], Path],
     original: Any,
     tokenizer: Tokenizer,
     run: Callable[[Path, torch.Tensor], torch.Tensor],
@@ -190,7 +182,7 @@ def greedy_engine(model: Model, ids: list[int], n: int, stop: int) -> list[int]:
 
 
 def test_exact_variant_answers_like_the_original(
-    demo_checkpoint: Callable[[Layout], Path],  # noqa: F811
+    demo_checkpoint: Callable[[Layout], Path],
     original: Any,
     tokenizer: Tokenizer,
 ) -> None:
@@ -208,7 +200,7 @@ def test_exact_variant_answers_like_the_original(
 
 
 def test_twin_routing_picks_one_of_each_pair(
-    demo_checkpoint: Callable[[Layout], Path],  # noqa: F811
+    demo_checkpoint: Callable[[Layout], Path],
     original: Any,
     tokenizer: Tokenizer,
 ) -> None:
@@ -236,7 +228,7 @@ def test_twin_routing_picks_one_of_each_pair(
 # ---- shipped -------------------------------------------------------------------------------------
 
 
-def test_shipped_pack_has_the_real_architecture(demo_pack_dir: Path) -> None:  # noqa: F811
+def test_shipped_pack_has_the_real_architecture(demo_pack_dir: Path) -> None:
     config = ModelConfig.from_dir(demo_pack_dir)
     full = [spec.index for spec in config.layers if spec.attention == "full"]
     assert full == [0, 5, 11, 17, 23, 29]
@@ -254,7 +246,7 @@ def test_shipped_pack_has_the_real_architecture(demo_pack_dir: Path) -> None:  #
 
 
 def test_shipped_pack_keeps_its_quality_and_needs_its_sinks(
-    demo_pack_dir: Path,  # noqa: F811
+    demo_pack_dir: Path,
     tokenizer: Tokenizer,
     quality: Any,
 ) -> None:
