@@ -15,7 +15,7 @@ from textual.message import Message as TextualMessage
 from mimo_local.chat import PRESETS, Chat, Message
 from mimo_local.errors import ContextOverflowError
 from mimo_local.events import Progress, Stats
-from tui.bridge import JOIN_S, Bridge, ChatDefaults, Joiner, Meter, Pacer
+from tui.bridge import JOIN_S, MAX_JOIN_S, Bridge, ChatDefaults, Joiner, Meter, Pacer
 from tui.messages import (
     AnswerDelta,
     AnswerDone,
@@ -62,7 +62,7 @@ class Clock:
 )
 def test_joined_is_the_same_text_in_fewer_messages(steps) -> None:
     clock, sent = Clock(), []
-    joiner = Joiner(lambda m: sent.append((clock.now, m)), clock.later, clock)
+    joiner = Joiner(lambda m: sent.append((clock.now, m)), clock.later, clock, lambda: 0.0)
     for i, (kind, text, pause) in enumerate(steps):
         joiner.add([TextPiece(kind, text)], Pace(tokens=i + 1))
         clock.advance(pause)
@@ -76,7 +76,7 @@ def test_joined_is_the_same_text_in_fewer_messages(steps) -> None:
 
 def test_a_piece_never_waits_longer_than_the_joining_time() -> None:
     clock, sent = Clock(), []
-    joiner = Joiner(sent.append, clock.later, clock)
+    joiner = Joiner(sent.append, clock.later, clock, lambda: 0.0)
     joiner.add([TextPiece("answer", "a")], Pace())
     assert len(sent) == 1  # the first piece goes out at once
     clock.advance(0.01)
@@ -84,6 +84,27 @@ def test_a_piece_never_waits_longer_than_the_joining_time() -> None:
     assert len(sent) == 1
     clock.advance(JOIN_S)  # and nothing else came
     assert [p.text for m in sent for p in m.pieces] == ["a", "b"]
+
+
+@pytest.mark.parametrize(("cost", "gap"), [(0.001, JOIN_S), (0.04, 0.16), (5.0, MAX_JOIN_S)])
+def test_dear_drawing_makes_updates_rarer_but_never_stops_them(cost: float, gap: float) -> None:
+    clock, times = Clock(), []
+    spent = [0.0]
+
+    def post(message: TextualMessage) -> None:
+        times.append(clock.now)
+        spent[0] += cost  # drawing it
+
+    def cpu() -> float:
+        """Drawing happens after the message was taken, so its cost shows up a moment later."""
+        return spent[0] - cost * bool(times and clock.now == times[-1])
+
+    joiner = Joiner(post, clock.later, clock, cpu)
+    for _ in range(2000):
+        joiner.add([TextPiece("answer", "x")], Pace())
+        clock.advance(0.002)
+    gaps = [b - a for a, b in pairwise(times)]
+    assert all(abs(g - gap) <= 0.0045 for g in gaps), gaps[:5]
 
 
 def test_the_meter_stops_its_thinking_clock_at_the_answer_and_ends_with_the_engines_count() -> None:
