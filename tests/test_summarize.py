@@ -465,6 +465,12 @@ def test_answers_are_tidied() -> None:
     looped = "The lamp burns all night. [p. 1] The lamp burns all night. [p. 2] It is bright."
     assert tidy(looped) == "The lamp burns all night. [p. 1] It is bright."
     assert tidy("Here is a summary of the text:\n\nThe lamp burns.") == "The lamp burns."
+    task = "Write one summary. After each sentence give the page it is from, like [p. 5]."
+    echo = "The lamp burns for all ships.\n\nAfter each sentence give page it is from, like [p. 5]."
+    assert tidy(echo, task=task) == "The lamp burns for all ships."
+    assert (
+        tidy("p. 8-9:\nThe lamp burns.\n1. Oil is dear.\n2.") == "The lamp burns.\n1. Oil is dear."
+    )
     assert tidy("The lamp burns.\n</text>") == "The lamp burns."
     assert tidy("Here the keeper lives: in a tower.") == "Here the keeper lives: in a tower."
     assert (

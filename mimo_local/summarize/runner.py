@@ -169,17 +169,18 @@ class Runner:
                 f"{len(ids)} tokens of prompt and {max_tokens} of answer, the context is {limit}",
                 hint="give more context with --context, or a smaller --max-tokens",
             )
-        written = self._ask(ids, max_tokens, answer, reading, writing)
+        task = messages[-1]["content"].rsplit("\n\n", 1)[-1]
+        written = self._ask(ids, max_tokens, answer, reading, writing, task)
         if not written.text and self.params.temperature > 0:
             # A small model sometimes ends at once; one other draw is worth its price.
-            written = self._ask(ids, max_tokens, answer, reading, writing, shift=1)
+            written = self._ask(ids, max_tokens, answer, reading, writing, task, shift=1)
         if keep and written.text:
             self.store.put(key, {"text": written.text})
         return written
 
     def _ask(
         self, ids: list[int], max_tokens: int, expected: int, reading: str, writing: str,
-        *, shift: int = 0,
+        task: str, *, shift: int = 0,
     ) -> Written:  # fmt: skip
         self._check_cancel()
         seed = self.params.seed
@@ -218,7 +219,7 @@ class Runner:
         self.stats.append(done.stats)
         self.meter.finish(done.stats)
         cut_off = done.reason in ("length", "context")
-        return Written(tidy(text, cut_off=cut_off), done.reason, done.stats)
+        return Written(tidy(text, cut_off=cut_off, task=task), done.reason, done.stats)
 
     def _check_cancel(self) -> None:
         if self._cancel():

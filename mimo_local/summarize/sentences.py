@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterator
 
 _END = re.compile(r"[\[(][^\[\]()\n]{0,120}[\])]|[.!?]+[\"”’»)]*(?=\s|\[|$)|[。！？]+[」』”]*")
+# "p. 8-9:" alone on a line is the heading of a note, copied.
+_BARE_PLACE = re.compile(r"(?:\S+ )?(?:p|sec)\. [\w.]+(?:-[\w.]+)?:")
 _PREAMBLE = re.compile(
     r"\A(?:sure|certainly|of course|okay|ok|here(?:'s| is| are)|the following is|(?:the )?summary"
     r"|(?:the )?key points)\b[^\n.]{0,120}:\s*\n*",
@@ -42,17 +44,22 @@ def _past_blanks(text: str, at: int) -> int:
     return at
 
 
-def tidy(text: str, *, cut_off: bool = False) -> str:
-    """An answer without "Here is the summary:", echoed fences, repetitions, or a torn end."""
+def tidy(text: str, *, cut_off: bool = False, task: str = "") -> str:
+    """An answer without "Here is the summary:", echoes, repetitions, or a torn end.
+
+    `task`: the instruction; a sentence that only repeats its words is an echo.
+    """
     text = _PREAMBLE.sub("", re.sub(r"</?(?:text|notes)\d*>", "", text).strip())
     if cut_off:
         text = _to_last_sentence(text)
-    return "\n".join(_once(text.split("\n"))).strip()
+    lines = [line for line in text.split("\n") if not _BARE_PLACE.fullmatch(line.strip())]
+    return re.sub(r"\n\s*(?:\d+[.)]|[-*•])\s*\Z", "", "\n".join(_once(lines, task))).strip()
 
 
-def _once(lines: list[str]) -> Iterator[str]:
-    """Small models fall into loops: a sentence of 4 words or more is kept once."""
+def _once(lines: list[str], task: str) -> Iterator[str]:
+    """Small models loop and echo: a sentence of 4 words or more is kept once, the task's never."""
     seen: set[str] = set()
+    asked = set(re.findall(r"\w+", task.casefold()))
     for line in lines:
         kept = []
         for sentence in split_sentences(line):
@@ -60,6 +67,9 @@ def _once(lines: list[str]) -> Iterator[str]:
             words = re.findall(r"\w+", bare.casefold())
             key = " ".join(words)
             if len(words) >= 4 and key in seen:
+                continue
+            # 0.85: echoes drop or change a word; real sentences share about half with the task.
+            if len(words) >= 4 and sum(w in asked for w in words) >= 0.85 * len(words):
                 continue
             seen.add(key)
             kept.append(sentence)
