@@ -32,8 +32,8 @@ def generate(
 
     `ids` holds prompt and answer, the first `cache.length` of them already in the cache; each new
     id is appended before it is yielded, and at the end `ids` is cut to what the cache holds (the
-    last id is drawn but never forwarded). The repetition penalty sees all ids in the context, as
-    transformers' does. `on_prefill(done, total)` counts cached ids as done. `cancel` is asked
+    last id is drawn but never forwarded). The repetition penalty sees the answer's ids only: over
+    the prompt too, as transformers' does, it drives a summary away from its document's words. `on_prefill(done, total)` counts cached ids as done. `cancel` is asked
     before every layer of the prompt and every step of the answer.
     """
     limit = model.config.max_context if context_limit is None else context_limit
@@ -42,9 +42,9 @@ def generate(
     try:
         _check(ids, cache, limit)
         hidden = _prefill(model, cache, ids, cancel, on_prefill)
-        seen = torch.tensor(ids if params.repetition_penalty != 1.0 else [], dtype=torch.int64)
+        start = len(ids)
         for count in range(1, params.max_tokens + 1):
-            token = sampler.draw(model.logits(hidden)[0], len(ids), seen)
+            token = sampler.draw(model.logits(hidden)[0], len(ids), ids[start:])
             if token in stop_ids:
                 return "stop"
             ids.append(token)
@@ -55,10 +55,7 @@ def generate(
                 return "context"
             if cancel():
                 return "cancelled"
-            new = torch.tensor([token])
-            if len(seen):
-                seen = torch.cat((seen, new))
-            hidden = model.forward([Segment(new, cache)])
+            hidden = model.forward([Segment(torch.tensor([token]), cache)])
     except CancelledError:
         return "cancelled"
     finally:

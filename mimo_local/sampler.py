@@ -35,7 +35,7 @@ class SamplingParams:
     min_p: float = 0.0
     """Drop ids less likely than this share of the likeliest one."""
     repetition_penalty: float = 1.0
-    """Above 1 disfavours every id already in the context (prompt and answer)."""
+    """Above 1 disfavours every id already in the answer; the prompt's words stay free."""
     seed: int | None = None
     """None: `Sampler` chooses one and reports it in its own `params`."""
     max_tokens: int = 512
@@ -67,7 +67,7 @@ class Sampler:
         self._seed = seed
 
     def draw(self, logits: Tensor, position: int, recent_ids: Sequence[int] | Tensor = ()) -> int:
-        """Draw the id for `position` from logits (V,) f32; `recent_ids`: all ids in the context."""
+        """Draw the id for `position` from logits (V,) f32; `recent_ids`: the answer's."""
         params = self.params
         logits = repetition_penalty(logits, recent_ids, params.repetition_penalty)
         _require_finite(float(logits.max()))  # the maximum is NaN if any logit is

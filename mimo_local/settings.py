@@ -210,7 +210,7 @@ _RULES: Final[dict[str, tuple[Callable[[Any], Any], str]]] = {
     "min_p": (_number(0, 1), "drop tokens below this share of the likeliest one; unset: 0"),
     "repetition_penalty": (
         _number(0, 100, above=True),
-        "above 1 disfavours tokens already in the context; unset: the preset's",
+        "above 1 disfavours tokens already in the answer; unset: the preset's",
     ),
     "max_tokens": (_integer(1), "longest answer in tokens; unset: the preset's"),
     "seed": (

@@ -1,8 +1,8 @@
 """Session fixtures of the real demo model, and a tiny model of the same kind made on the spot.
 
 `demo_pack_dir` is what other test files want: the shipped pack, built once per session. Set
-MIMO_DEMO_CACHE to a folder to keep the 98 MB download between sessions. Import the fixtures by name
-(`from demo_fixtures import demo_pack_dir, demo_source  # noqa: F401`).
+MIMO_DEMO_CACHE to a folder to keep the 98 MB download between sessions. conftest.py hands them to
+every test.
 """
 
 from __future__ import annotations

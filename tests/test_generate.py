@@ -50,7 +50,7 @@ def test_equals_a_plain_loop_without_a_cache() -> None:
     for _ in range(8):
         fresh = Segment(torch.tensor(context), FakeCache())  # type: ignore[arg-type]
         logits = model.logits(model.forward([fresh])[-1:])[0]
-        context.append(sampler.draw(logits, len(context), context))
+        context.append(sampler.draw(logits, len(context), context[len(PROMPT) :]))
     assert (got, reason) == (context[len(PROMPT) :], "length")
     assert ids == context[:-1]
     assert agree(cache, ids)
@@ -139,7 +139,7 @@ def test_a_cancel_before_the_start_does_nothing() -> None:
     assert (model.rows, ids, cache.held) == (0, [], [])
 
 
-def test_the_penalty_sees_prompt_and_answer() -> None:
+def test_the_penalty_sees_the_answer_and_leaves_the_prompt_alone() -> None:
     flat = dict.fromkeys(range(5, 20), 9)  # the model always prefers 9, by a logit of 50
     model = FakeModel(script=flat)
     out, _ = run(start(model, FakeCache(), [1, 2, 3, 4, 5], 4, temperature=0.0))
@@ -149,6 +149,10 @@ def test_the_penalty_sees_prompt_and_answer() -> None:
     )
     assert out[0] == 9
     assert 9 not in out[1:]
+    out, _ = run(
+        start(model, FakeCache(), [1, 2, 9, 9, 5], 4, temperature=0.0, repetition_penalty=100.0)
+    )
+    assert out[0] == 9
 
 
 def test_impossible_prompts_are_refused_before_any_work() -> None:

@@ -93,8 +93,8 @@ def chat(
 
 
 def window(settings: Settings, stop: tuple[str, ...]) -> int:
-    """The chat window; the model is chosen before, so that the demo's first build shows here."""
-    chosen = models.choose(settings)
+    """The chat window; without a model it finds or builds one itself, before the user's eyes."""
+    chosen = models.choose(settings) if settings.model is not None else settings
     from tui.app import run
 
     return run(chosen, defaults(chosen, stop))

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from demo_fixtures import demo_cache, demo_downloads, demo_pack_dir, demo_source  # noqa: F401
 from tmux import Terminal, available
 
 ROOT = Path(__file__).parents[2]
@@ -52,7 +51,7 @@ def test_the_window_in_a_terminal() -> None:
 
 
 @pytest.fixture
-def demo_home(demo_cache: Path, demo_pack_dir: Path, tmp_path: Path) -> Path:  # noqa: F811
+def demo_home(demo_cache: Path, demo_pack_dir: Path, tmp_path: Path) -> Path:
     """A MIMO_HOME whose cache holds the demo pack."""
     (tmp_path / "cache").symlink_to(demo_cache, target_is_directory=True)
     return tmp_path
