@@ -33,8 +33,9 @@ def generate(
     `ids` holds prompt and answer, the first `cache.length` of them already in the cache; each new
     id is appended before it is yielded, and at the end `ids` is cut to what the cache holds (the
     last id is drawn but never forwarded). The repetition penalty sees the answer's ids only: over
-    the prompt too, as transformers' does, it drives a summary away from its document's words. `on_prefill(done, total)` counts cached ids as done. `cancel` is asked
-    before every layer of the prompt and every step of the answer.
+    the prompt too, as transformers' does, it drives a summary away from its document's words.
+    `on_prefill(done, total)` counts cached ids as done. `cancel` is asked before every layer of the
+    prompt and every step of the answer.
     """
     limit = model.config.max_context if context_limit is None else context_limit
     sampler = Sampler(params)

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from demo_fixtures import llama_of
 
 from mimo_local.config import ModelConfig
