@@ -2,14 +2,14 @@
 
 Cutting a layer down to a window costs nothing where its heads look nearby, and everything where
 they find what a question refers to. This script measures it: the model answers a request about
-texts of its own making (the text of bench/train_demo_sinks.py), and a choice of full layers is
+texts of its own making (the text of bench/train_demo_window.py), and a choice of full layers is
 judged by the KL divergence of the answer's tokens from the unchanged model's. Windowed layers also
 see the first token here: where trained sinks would put their attention.
 
     python bench/choose_demo_layers.py MODEL.gguf --work DIR [--full 15,17,18,20,22,23]
 
-DIR holds text.pt from bench/train_demo_sinks.py. Without --full: the loss from windowing each layer
-alone, then a greedy choice among the costliest. Last stdout line is JSON.
+DIR holds text.pt from bench/train_demo_window.py. Without --full: the loss from windowing each
+layer alone, then a greedy choice among the costliest. Last stdout line is JSON.
 """
 
 from __future__ import annotations
@@ -18,16 +18,13 @@ import argparse
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from train_demo_sinks import SYSTEM, Decoder, Trunk
+from train_demo_window import Trunk, answers
 
 from mimo_local.demo.rewrite import WINDOW_KEYS
 from mimo_local.demo.source import GgufSource
-
-REQUEST = "\n\nSummarize the text above in a few sentences.<|im_end|>\n<|im_start|>assistant\n"
 
 
 @torch.no_grad()
@@ -46,25 +43,6 @@ def hidden(trunk: Trunk, ids: torch.Tensor, full: Iterable[int]) -> torch.Tensor
         x = x + F.linear(o.transpose(1, 2).reshape(b, t, -1), w["o"])
         x = x + trunk.mlp(w, trunk.rms(x, w["norm2"]))
     return trunk.rms(x, trunk.norm)
-
-
-def answers(trunk: Trunk, source: GgufSource, text: torch.Tensor, length: int) -> Any:
-    """(ids (B, T), first position of the answer): the model's own greedy answers."""
-    from tokenizers import Tokenizer
-
-    encode = Tokenizer.from_str(source.tokenizer_files()["tokenizer.json"]).encode
-    head = encode(f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n").ids
-    tail = encode(REQUEST).ids
-    ids = torch.tensor([head + row[:600].tolist() + tail for row in text])
-    first = ids.shape[1]
-    decoder = Decoder(trunk, len(ids), first + length)
-    for t in range(first):
-        logits = decoder.step(ids[:, t])
-    for _ in range(length):
-        new = logits.argmax(-1)
-        ids = torch.cat([ids, new[:, None]], 1)
-        logits = decoder.step(new)
-    return ids, first
 
 
 def main() -> None:

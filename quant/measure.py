@@ -1,4 +1,4 @@
-"""How much a stored weight lost. Pure arithmetic; called by tests, `mimo quantize` and bench."""
+"""How much a stored weight lost: pure arithmetic, called by tests of formats and conversions."""
 
 from __future__ import annotations
 

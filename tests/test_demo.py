@@ -38,7 +38,7 @@ from demo_fixtures import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mimo_local.demo import build, fetch, rewrite
+from mimo_local.demo import build, fetch, healing, rewrite
 from mimo_local.demo.gguf import Gguf
 from mimo_local.demo.rewrite import EXACT, SINK_OFF, SLICES, SWA, TWINS, Layout, write_checkpoint
 from mimo_local.demo.source import GgufSource, HubSource, uninterleave
@@ -287,11 +287,22 @@ def test_rewrite_computes_what_the_original_does(
     assert difference < tolerance
 
 
+def window_table(up: float = 0.0) -> tuple[tuple[int, ...], dict[str, torch.Tensor]]:
+    """What mimo_local.demo.healing reads from its file, for TINY: rank 2, all `up` the same."""
+    tensors = {"sinks": torch.tensor([1.0, 0.5, 1.5, 2.0, 2.5])[:, None].expand(5, TINY.heads)}
+    rows = (TINY.heads + 2 * TINY.kv_heads) * TINY.head_dim
+    for layer in range(TINY.layers):
+        for joint, out in (("qkv", rows), ("o", TINY.hidden)):
+            inner = TINY.hidden if joint == "qkv" else TINY.heads * TINY.head_dim
+            tensors[f"layers.{layer}.{joint}.down"] = torch.full((2, inner), 0.5).half()
+            tensors[f"layers.{layer}.{joint}.up"] = torch.full((out, 2), up).half()
+    return (1, 2, 3, 4, 6), tensors
+
+
 def test_rewrite_exercises_what_the_real_model_has(
     tiny: GgufSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    table = {2: [0.5] * 6, 1: [1.0] * 6, 3: [1.5] * 6, 4: [2.0] * 6, 6: [2.5] * 6}
-    monkeypatch.setattr(rewrite, "trained_sinks", lambda shape: table)
+    monkeypatch.setattr(healing, "_table", lambda: window_table())
     seen: list[Progress] = []
     write_checkpoint(tiny, tmp_path / "c", SWA, on_progress=seen.append)
     config = json.loads((tmp_path / "c" / "config.json").read_text())
@@ -327,9 +338,28 @@ def test_exact_layout_switches_every_sink_off(tiny: GgufSource) -> None:
     assert len([name for name in tensors if "experts" in name]) == 3 * SLICES
 
 
-def test_shipped_sinks_refuse_another_model(tiny: GgufSource) -> None:
+def test_corrections_are_added_to_the_attention_and_to_nothing_else(
+    tiny: GgufSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers, tensors = window_table(up=0.25)
+    kv = TINY.kv_heads * TINY.head_dim
+    tensors["layers.3.qkv.up"][-kv:] = -1.0  # v's rows come last
+    monkeypatch.setattr(healing, "_table", lambda: (layers, tensors))
+    healed = healing.Healed(tiny)
+    for part, change in (("q", 0.25), ("k", 0.25), ("v", -1.0), ("o", 0.25)):
+        name = f"model.layers.3.self_attn.{part}_proj.weight"
+        difference = healed.tensor(name) - tiny.tensor(name)
+        assert torch.allclose(difference, torch.tensor(change), atol=1e-6), part
+    for name in ("model.layers.3.mlp.up_proj.weight", "model.embed_tokens.weight"):
+        assert torch.equal(healed.tensor(name), tiny.tensor(name))
+    assert healed.tokenizer_files() == tiny.tokenizer_files()
+
+
+def test_shipped_sinks_and_corrections_refuse_another_model(tiny: GgufSource) -> None:
     with pytest.raises(ConfigError, match="sinks"):
-        rewrite.trained_sinks(tiny.shape)
+        healing.trained_sinks(tiny.shape, [1, 2, 3, 4, 6])
+    with pytest.raises(ConfigError, match="corrections"):
+        healing.Healed(tiny)
 
 
 # ---- fetch ---------------------------------------------------------------------------------------

@@ -230,8 +230,8 @@ def test_twin_routing_picks_one_of_each_pair(
 def test_shipped_pack_has_the_real_architecture(demo_pack_dir: Path) -> None:
     config = ModelConfig.from_dir(demo_pack_dir)
     full = [spec.index for spec in config.layers if spec.attention == "full"]
-    assert full == [0, 5, 11, 17, 23, 29]
-    window, whole = config.layers[1], config.layers[5]
+    assert full == [15, 17, 18, 20, 22, 23]
+    window, whole = config.layers[1], config.layers[15]
     assert (window.window, window.kv_heads, window.has_sink) == (129, 6, True)
     assert (whole.window, whole.kv_heads, whole.has_sink) == (None, 3, False)
     assert {(s.heads, s.head_dim, s.v_head_dim, s.rotary_dim) for s in config.layers} == {

@@ -97,6 +97,26 @@ def test_what_fits_is_read_in_one_pass() -> None:
     assert prompt.rindex("summary") > prompt.index("</text>"), "the instruction comes last"
 
 
+def test_a_narrow_model_is_asked_plainly_and_its_pages_are_found_by_words() -> None:
+    engine = FakeEngine(reply=lambda p: "The keeper of p2s1 a meets the fog.", context_limit=9000)
+    engine.config.hidden_size = 576
+    found = run(engine, make())
+    prompt = engine.requests[0].prompt
+    assert "[p." not in prompt and "<text>" not in prompt and "p1s0" in prompt and "p3s3" in prompt
+    assert prompt.index("Summarize the text above") > prompt.index("p3s3")
+    assert [c.page for c in found.citations] == [2]
+    assert any("named no pages" in warning for warning in found.warnings)
+
+
+def test_a_narrow_model_merges_notes_without_marks() -> None:
+    engine = FakeEngine(reply=lambda p: "The keeper of p2s1 a meets the fog.", context_limit=2000)
+    engine.config.hidden_size = 576
+    found = run(engine, make(60))
+    assert found.mode == "map and merge"
+    assert all("[p." not in request.prompt for request in engine.requests)
+    assert all("[p." in part.notes for part in found.parts)
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 24), st.integers(1, 12), st.integers(2600, 9000))
 def test_the_whole_document_reaches_the_model_within_the_context(

@@ -26,7 +26,7 @@ from mimo_local.settings import Paths
 
 OnProgress = Callable[[Progress], None] | None
 
-DEMO_VERSION = 1
+DEMO_VERSION = 2
 """Part of every pack's folder name; raise it when rewrite, sinks or pack format change."""
 VARIANTS = ("swa", "exact")
 FORMATS = ("int8", "nf4", "bf16")

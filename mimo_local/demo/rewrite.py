@@ -12,10 +12,10 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mimo_local.demo.healing import Healed, trained_sinks
 from mimo_local.demo.source import LlamaShape, Source
 from mimo_local.errors import ConfigError
 from mimo_local.events import Progress
@@ -35,7 +35,7 @@ EXACT_CONTEXT = 2048
 SINK_OFF = -1e4
 """exp(-1e4) is 0 in float32; unlike -inf it survives finite checks and every storage format."""
 SINK_START = 3.0
-"""Where training starts (bench/train_demo_sinks.py)."""
+"""Where training starts (bench/train_demo_window.py)."""
 ROUTER_EPS = 1e-3
 """Twin routing: large enough that float32 sigmoids of a pair never tie (1e-4 did, 9 times in 8700),
 small enough that the weights stay 1/8 within 0.03 % (logits within 0.012 of the dense model)."""
@@ -52,18 +52,15 @@ class Layout:
     window: int
     context: int | None
     """None = the source's own."""
-    trained_sinks: bool
+    healed: bool
+    """With the trained sinks and corrections (mimo_local.demo.healing)."""
 
 
-EXACT = Layout(
-    "exact", twins=False, window=EXACT_CONTEXT, context=EXACT_CONTEXT, trained_sinks=False
-)
+EXACT = Layout("exact", twins=False, window=EXACT_CONTEXT, context=EXACT_CONTEXT, healed=False)
 """All experts active, nothing leaves the window: the original's logits up to float32 rounding."""
-TWINS = Layout(
-    "twins", twins=True, window=EXACT_CONTEXT, context=EXACT_CONTEXT, trained_sinks=False
-)
+TWINS = Layout("twins", twins=True, window=EXACT_CONTEXT, context=EXACT_CONTEXT, healed=False)
 """Exact but for the routing: 8 of 16 experts. For tests."""
-SWA = Layout("swa", twins=True, window=WINDOW, context=None, trained_sinks=True)
+SWA = Layout("swa", twins=True, window=WINDOW, context=None, healed=True)
 """The shipped one: everything the real architecture has."""
 LAYOUTS = {layout.name: layout for layout in (EXACT, TWINS, SWA)}
 
@@ -167,24 +164,6 @@ def _mlp_config(shape: LlamaShape, layout: Layout) -> dict[str, Any]:
         "norm_topk_prob": True,
         "routed_scaling_factor": None,
     }
-
-
-def trained_sinks(shape: LlamaShape) -> dict[int, list[float]]:
-    """Layer -> one trained sink per original head, as shipped; ConfigError if it misfits."""
-    file = resources.files("mimo_local") / "demo_data" / "sinks.json"
-    table = json.loads(file.read_text(encoding="utf-8"))
-    windowed = [i for i, kind in enumerate(attention_pattern(shape.layers)) if kind]
-    sizes = {len(row) for row in table["sinks"]}
-    if (
-        table["layers"] != windowed
-        or len(table["sinks"]) != len(windowed)
-        or sizes != {shape.heads}
-    ):
-        raise ConfigError(
-            f"the shipped sinks are for layers {table['layers']}, the model slides in {windowed}",
-            hint="The demo's sinks belong to SmolLM2-135M-Instruct; reinstall mimo-local.",
-        )
-    return dict(zip(windowed, table["sinks"], strict=True))
 
 
 def layer_tensors(
@@ -299,15 +278,16 @@ def checkpoint_nbytes(shape: LlamaShape, layout: Layout) -> int:
 
 
 def _files(source: Source, layout: Layout) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-    shape = source.shape
+    shape, pattern = source.shape, attention_pattern(source.shape.layers)
     sinks: dict[int, list[float]] = {}
-    if layout.trained_sinks:
-        sinks = trained_sinks(shape)
+    if layout.healed:
+        source = Healed(source)
+        sinks = trained_sinks(shape, [i for i, kind in enumerate(pattern) if kind])
     yield (
         "model_embedding.safetensors",
         {name: source.tensor(name) for name in ("model.embed_tokens.weight", "model.norm.weight")},
     )
-    for layer, kind in enumerate(attention_pattern(shape.layers)):
+    for layer, kind in enumerate(pattern):
         off = [SINK_OFF] * shape.heads
         per_head = sinks.get(layer, off) if kind else None
         yield f"model_{layer}.safetensors", layer_tensors(source, layout, layer, per_head)

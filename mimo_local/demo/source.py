@@ -2,7 +2,7 @@
 
 Two places can hold it: a GGUF file (as the package carries it, q/k rows interleaved, undone here)
 and a folder of safetensors (as the hub carries it). Knows nothing about MiMo. Called by
-mimo_local.demo.rewrite and by bench/train_demo_sinks.py.
+mimo_local.demo.rewrite and by bench/train_demo_window.py.
 """
 
 from __future__ import annotations

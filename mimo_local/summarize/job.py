@@ -30,6 +30,9 @@ SLACK = 16
 PART_TOKENS = (1500, 32768)
 """Least and most tokens of a part, a quarter of the context between them: a 135 M model keeps
 hold of 2000 tokens, and no model of 60 000 as well as of twice 30 000."""
+NARROW = 1024
+"""Hidden size below which a model gets the plain wording: the 135 M demo (576) takes page marks for
+words of the text and writes on about `[p. 2]`."""
 ROUNDS = 8
 """Rounds of merging; each at least halves the notes, so 8 are enough for 256 parts a prompt."""
 
@@ -59,6 +62,7 @@ class Job:
         self.sources = Sources(documents, options.pages)
         self.words = prompts.words_of(options.length)
         self.context = engine.context_limit
+        self.marked = _hidden_size(engine) >= NARROW
         params = _params(options)
         self.answer = _answer_tokens(options, params.max_tokens, self.words, self.context)
         self.store = Store(work_dir)
@@ -233,9 +237,9 @@ class Job:
     def _whole(self, blocks: list[Block]) -> Messages:
         return prompts.whole_messages(
             self.sources.name,
-            self.sources.text(blocks),
+            self.sources.text(blocks, marked=self.marked),
             words=self.words,
-            mark=self.sources.mark(blocks),
+            mark=self._mark(blocks),
             lang=self.options.lang,
             focus=self.options.focus,
         )
@@ -245,23 +249,30 @@ class Job:
         where = self.sources.name if several else self.sources.where(group)
         return prompts.part_messages(
             f"part {i + 1} of {n} of {self.sources.name} ({where})",
-            self.sources.text(group),
+            self.sources.text(group, marked=self.marked),
             sentences=_sentences(sum(block.tokens for block in group)),
-            mark=self.sources.mark(group),
+            mark=self._mark(group),
             lang=self.options.lang,
             focus=self.options.focus,
         )
 
     def _merge(self, notes: Sequence[Note], words: int | None) -> Messages:
         blocks = [block for note in notes for block in note.blocks]
+        if self.marked:
+            texts = [f"{self.sources.where(note.blocks)}:\n{note.text}" for note in notes]
+        else:  # no page is given, so every mark goes
+            texts = [self.sources.anchors.check(note.text, ()).text for note in notes]
         return prompts.merge_messages(
             self.sources.name,
-            [f"{self.sources.where(note.blocks)}:\n{note.text}" for note in notes],
+            texts,
             words=words,
-            mark=self.sources.mark(blocks),
+            mark=self._mark(blocks),
             lang=self.options.lang,
             focus=self.options.focus,
         )
+
+    def _mark(self, blocks: Sequence[Block]) -> str:
+        return self.sources.mark(blocks) if self.marked else ""
 
     # -- the result
 
@@ -334,6 +345,11 @@ class Job:
             reused_parts=self.runner.reused,
             removed_citations=self.removed,
         )
+
+
+def _hidden_size(engine: EngineLike) -> int:
+    """The model's width; a remote endpoint tells none and counts as large."""
+    return int(getattr(getattr(engine, "config", None), "hidden_size", NARROW))
 
 
 def _sentences(tokens: int) -> tuple[int, int]:

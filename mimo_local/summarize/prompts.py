@@ -1,7 +1,9 @@
 """What the model is told. Short, plain, and after the text, so that a very small model follows too.
 
-The text stands between fences it does not contain itself, and is called data. Changing a word
-here changes answers: raise PROMPT_VERSION, so that stored parts of older wording are not reused.
+The text stands between fences it does not contain itself, and is called data. A model too small
+for that (it copies fences and page marks instead of using them) gets the plain wording: an empty
+`mark`, the text as it is, one request. Changing a word here changes answers: raise PROMPT_VERSION,
+so that stored parts of older wording are not reused.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from collections.abc import Sequence
 
 from mimo_local.errors import UsageError
 
-PROMPT_VERSION = 1
+PROMPT_VERSION = 2
 LENGTHS = {"short": 60, "medium": 180, "long": 450}
 """Words of a summary."""
 SYSTEM = (
@@ -58,7 +60,9 @@ def part_messages(
     lang: str | None,
     focus: str,
 ) -> Messages:
-    """For one part of a document: its key points. `mark` is the example of a page mark."""
+    """For one part of a document: its key points. `mark`: a page mark as example, or empty."""
+    if not mark:
+        return _ask_plainly(text, "in a few sentences", lang, focus)
     least, most = sentences
     task = (
         f"Write down the key points of the text above in {least} to {most} sentences."
@@ -71,6 +75,8 @@ def whole_messages(
     source: str, text: str, *, words: int, mark: str, lang: str | None, focus: str
 ) -> Messages:
     """For a text that fits whole: the summary at once."""
+    if not mark:
+        return _ask_plainly(text, _length(words), lang, focus)
     task = (
         f"Write a summary of the text above {_length(words)}. "
         "Say what it is about and what its main points are."
@@ -83,6 +89,9 @@ def merge_messages(
     source: str, notes: Sequence[str], *, words: int | None, mark: str, lang: str | None, focus: str
 ) -> Messages:
     """For notes on consecutive parts: the summary, or with `words=None` shorter notes."""
+    if not mark:
+        length = "in a few sentences" if words is None else _length(words)
+        return _ask_plainly("\n\n".join(notes), length, lang, focus)
     what = (
         f"Write one summary of the whole document {_length(words)}"
         if words is not None
@@ -116,6 +125,12 @@ def _fence(word: str, text: str) -> str:
     while f"<{tag}>" in text or f"</{tag}>" in text:
         tag, n = f"{word}{n}", n + 1
     return f"<{tag}>\n{text}\n</{tag}>"
+
+
+def _ask_plainly(text: str, length: str, lang: str | None, focus: str) -> Messages:
+    """One user message under the model's own system prompt."""
+    task = f"Summarize the text above {length}.{_focus(focus)}{language(lang)}"
+    return [{"role": "user", "content": f"{text}\n\n{task}"}]
 
 
 def _ask(*paragraphs: str) -> Messages:

@@ -48,14 +48,14 @@ class Sources:
         ]
         return max(marks, key=len, default="[p. 1]")
 
-    def text(self, blocks: Sequence[Block]) -> str:
-        """The blocks with a page mark before each page."""
+    def text(self, blocks: Sequence[Block], *, marked: bool = True) -> str:
+        """The blocks, with a page mark before each page if `marked`."""
         out: list[str] = []
         before: Block | None = None
         for block in blocks:
             if before is None or (before.document, before.page) != (block.document, block.page):
-                out.append(("\n\n" if out else "") + self.anchors.tag(block.document, block.page))
-                out.append("\n" + neutral(block.text))
+                tag = f"{self.anchors.tag(block.document, block.page)}\n" if marked else ""
+                out.append(("\n\n" if out else "") + tag + neutral(block.text))
             else:
                 out.append(glue(before, block) + neutral(block.text))
             before = block

@@ -1,16 +1,17 @@
-"""Train the demo model's attention sinks on text the model wrote itself.
+"""Teach the demo model to live with its window, on text the model wrote itself.
 
 The demo pack cuts 24 of 30 layers down to a sliding window. Without a sink such a head must put
 all its attention on something inside the window, and perplexity more than doubles; one learned
-number per head gives it somewhere to put the rest. This script makes its own training text (chats
-and prose sampled from the unchanged model, so that nothing shipped derives from anybody else's
-text), then fits layers x heads sinks by gradient descent: the windowed model must agree with the
-full-attention one.
+number per head gives it somewhere to put the rest. A low-rank correction of every attention
+projection then teaches the layers around the window to find what it hid. The windowed model must
+agree with the full-attention one on text sampled from that one: chats, prose, and answers to
+requests about prose. Nothing shipped derives from anybody else's text.
 
-    python bench/train_demo_sinks.py MODEL.gguf --work DIR --out mimo_local/demo_data/sinks.json
+    python bench/train_demo_window.py MODEL.gguf --work DIR \\
+        --out mimo_local/demo_data/window.safetensors
 
-Restartable: sampled text and the state after every fifth step are kept in DIR. Last stdout line is
-JSON.
+Restartable between its stages (text, requests, sinks, corrections): each leaves a file in DIR.
+Last stdout line is JSON.
 """
 
 from __future__ import annotations
@@ -18,12 +19,16 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import random
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
 from mimo_local.demo.rewrite import SINK_START, WINDOW_KEYS, attention_pattern
 from mimo_local.demo.source import GgufSource
@@ -50,6 +55,18 @@ OPENINGS = [
     "# Caring for a small garden\n\nStart with the soil. A handful of earth",
     "When the railway came to the valley, everything changed. Farmers who had",
 ]
+
+
+REQUESTS = [
+    "Summarize the text above in a few sentences.",
+    "What is the text above about?",
+    "List the main points of the text.",
+    "Write a short summary of this text.",
+]
+PARTS = ("qkv.down", "qkv.up", "o.down", "o.up")
+
+LowRank: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+Student: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Trunk:
@@ -100,14 +117,23 @@ class Trunk:
         return F.linear(F.silu(gate) * up, w["down"])
 
     def hidden(
-        self, ids: torch.Tensor, sinks: dict[int, torch.Tensor] | None = None
+        self,
+        ids: torch.Tensor,
+        sinks: dict[int, torch.Tensor] | None = None,
+        low_rank: dict[int, LowRank] | None = None,
     ) -> torch.Tensor:
-        """ids (T,) -> normed last hidden (T, H); layers in `sinks` see WINDOW_KEYS keys."""
+        """ids (T,) -> normed last hidden (T, H); layers in `sinks` see WINDOW_KEYS keys.
+
+        `low_rank`: layer -> corrections (qkv down, qkv up, o down, o up) added to the projections.
+        """
         s, t = self.shape, len(ids)
         age = torch.arange(t)[:, None] - torch.arange(t)
         outside = (age < 0) | (age >= WINDOW_KEYS)
         x = self.embed[ids][None]
         for i, w in enumerate(self.layers):
+            if low_rank is not None:
+                qkv_down, qkv_up, o_down, o_up = low_rank[i]
+                w = {**w, "qkv": w["qkv"] + qkv_up @ qkv_down, "o": w["o"] + o_up @ o_down}
             q, k, v = self.project(w, self.rms(x, w["norm1"]), 0)
             k, v = (z.repeat_interleave(s.heads // s.kv_heads, 1) for z in (k, v))
             if sinks is not None and i in sinks:
@@ -133,6 +159,20 @@ class Decoder:
         s = trunk.shape
         self.trunk, self.at = trunk, 0
         self.cache = torch.zeros(s.layers, 2, batch, s.kv_heads, length, s.head_dim)
+
+    @torch.no_grad()
+    def prefill(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids (B, T) -> logits (B, V) of the next position."""
+        t, n = self.trunk, ids.shape[1]
+        x = t.embed[ids]
+        for w, (keys, values) in zip(t.layers, self.cache, strict=True):
+            q, k, v = t.project(w, t.rms(x, w["norm1"]), 0)
+            keys[:, :, :n], values[:, :, :n] = k, v
+            o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            x = x + F.linear(o.transpose(1, 2).reshape(*ids.shape, -1), w["o"])
+            x = x + t.mlp(w, t.rms(x, w["norm2"]))
+        self.at = n
+        return t.logits(t.rms(x[:, -1], t.norm))
 
     @torch.no_grad()
     def step(self, ids: torch.Tensor) -> torch.Tensor:
@@ -214,69 +254,129 @@ def generate(trunk: Trunk, source: GgufSource, args: argparse.Namespace) -> torc
     return torch.cat(done)
 
 
-def loss_of(
-    trunk: Trunk, ids: torch.Tensor, sinks: dict[int, torch.Tensor], every: int = 8
-) -> torch.Tensor:
-    """KL(full || windowed) + half the relative error of the hidden, at every 8th position."""
+def answers(
+    trunk: Trunk, source: GgufSource, prose: torch.Tensor, length: int, seed: int = 1
+) -> tuple[torch.Tensor, int]:
+    """(ids (B, T), first position of the answer): requests about prose, answered by the model."""
+    from tokenizers import Tokenizer
+
+    encode = Tokenizer.from_str(source.tokenizer_files()["tokenizer.json"]).encode
+    generator = torch.Generator().manual_seed(seed)
+    head = encode(f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n").ids
+    rows = []
+    for i, row in enumerate(prose):
+        request = f"\n\n{REQUESTS[i % len(REQUESTS)]}<|im_end|>\n<|im_start|>assistant\n"
+        rows.append((row[:560].tolist(), encode(request).ids))
+    first = min(len(head) + len(text) + len(ask) for text, ask in rows)
+    ids = torch.tensor([[*head, *text[: first - len(head) - len(ask)], *ask] for text, ask in rows])
+    decoder = Decoder(trunk, len(ids), first + length)
+    logits = decoder.prefill(ids)
+    for _ in range(length):
+        new = torch.multinomial((logits / 0.5).softmax(-1), 1, generator=generator)
+        ids = torch.cat([ids, new], 1)
+        logits = decoder.step(new[:, 0])
+    return ids, first
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A sequence and the positions whose predictions must agree."""
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+
+
+def plain(ids: torch.Tensor, every: int) -> Example:
+    return Example(ids, torch.arange(every - 1, len(ids), every))
+
+
+def answered(ids: torch.Tensor, first: int) -> Example:
+    """Every token of the answer, and the text past one window here and there."""
+    before = torch.arange(WINDOW_KEYS + 6, first, 16)
+    return Example(ids, torch.cat([torch.arange(first - 1, len(ids) - 1), before]))
+
+
+def loss_of(trunk: Trunk, example: Example, student: Student) -> tuple[torch.Tensor, torch.Tensor]:
+    """(KL(full || windowed) + half the relative error of the hidden, the KL alone)."""
     with torch.no_grad():
-        goal = trunk.hidden(ids)[every - 1 :: every]
+        goal = trunk.hidden(example.ids)[example.positions]
         target = trunk.logits(goal).log_softmax(-1)
-    hidden = trunk.hidden(ids, sinks)[every - 1 :: every]
+    hidden = student(example.ids)[example.positions]
     kl = F.kl_div(
         trunk.logits(hidden).log_softmax(-1), target, reduction="batchmean", log_target=True
     )
     error = ((hidden - goal).norm(dim=-1) / goal.norm(dim=-1)).mean()
-    loss: torch.Tensor = kl + 0.5 * error
-    return loss
+    return kl + 0.5 * error, kl
 
 
-def train(trunk: Trunk, text: torch.Tensor, args: argparse.Namespace) -> dict[str, Any]:
-    """Fit the sinks; returns them with the loss curve. State is kept after every fifth step."""
-    state_file = args.work / "state.pt"
-    windowed = [i for i, kind in enumerate(attention_pattern(trunk.shape.layers)) if kind]
-    table = torch.full((len(windowed), trunk.shape.heads), SINK_START, requires_grad=True)
-    optimizer = torch.optim.AdamW([table], lr=0.15, betas=(0.9, 0.98), weight_decay=0.0)
-    curve: list[float] = []
-    held_out = [torch.full_like(table, v) for v in (-1e4, SINK_START)]
-    heldout_rows, train_rows = text[: args.held_out], text[args.held_out :]
-    if state_file.exists():
-        state = torch.load(state_file)
-        table.data.copy_(state["table"])
-        optimizer.load_state_dict(state["optimizer"])
-        curve = state["curve"]
+class Window:
+    """What is trained: sinks (windowed layers, heads) and, in stage two, low-rank corrections."""
 
-    def as_dict(values: torch.Tensor) -> dict[int, torch.Tensor]:
-        return dict(zip(windowed, values, strict=True))
+    def __init__(self, trunk: Trunk, rank: int) -> None:
+        s = trunk.shape
+        self.trunk = trunk
+        self.layers = [i for i, kind in enumerate(attention_pattern(s.layers)) if kind]
+        self.sinks = torch.full((len(self.layers), s.heads), SINK_START, requires_grad=True)
+        generator = torch.Generator().manual_seed(1)
+        rows, wide = (s.heads + 2 * s.kv_heads) * s.head_dim, s.heads * s.head_dim
+        self.low_rank: dict[int, LowRank] = {}
+        for layer in range(s.layers):
+            pair = []
+            for out, inner in ((rows, s.hidden), (s.hidden, wide)):
+                down = torch.randn(rank, inner, generator=generator) / inner**0.5
+                pair += [down.requires_grad_(), torch.zeros(out, rank, requires_grad=True)]
+            self.low_rank[layer] = (pair[0], pair[1], pair[2], pair[3])
 
-    @torch.no_grad()
-    def held_out_loss(values: torch.Tensor) -> float:
-        losses = [float(loss_of(trunk, ids, as_dict(values))) for ids in heldout_rows]
-        return sum(losses) / len(losses)
+    def sinks_only(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.trunk.hidden(ids, dict(zip(self.layers, self.sinks, strict=True)))
 
-    for step in range(len(curve), args.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = 0.15 if step < args.steps // 2 else 0.2 * (1 - step / args.steps)
+    def healed(self, ids: torch.Tensor) -> torch.Tensor:
+        sinks = dict(zip(self.layers, self.sinks, strict=True))
+        return self.trunk.hidden(ids, sinks, self.low_rank)
+
+    def save(self, path: Path) -> None:
+        """The file that ships: sinks in float32, corrections in float16."""
+        tensors = {"sinks": self.sinks.detach()}
+        for layer, parts in self.low_rank.items():
+            for name, part in zip(PARTS, parts, strict=True):
+                tensors[f"layers.{layer}.{name}"] = part.detach().half().contiguous()
+        facts = {"windowed_layers": json.dumps(self.layers), "window_keys": str(WINDOW_KEYS)}
+        facts["trained_by"] = "bench/train_demo_window.py on text sampled from the model itself"
+        save_file(tensors, path, metadata=facts)
+
+
+def fit(
+    trunk: Trunk,
+    student: Student,
+    groups: list[dict[str, Any]],
+    examples: list[Example],
+    steps: int,
+    warm_up: int,
+) -> list[float]:
+    """AdamW over `examples` in turn, each group's rate falling to 2 %; the KL of every step."""
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
+    peak = [group["lr"] for group in optimizer.param_groups]
+    curve = []
+    for step in range(steps):
+        share = min(1.0, (step + 1) / warm_up) * (1 - step / steps) ** 0.7 + 0.02
+        for group, rate in zip(optimizer.param_groups, peak, strict=True):
+            group["lr"] = rate * share
         optimizer.zero_grad()
-        loss = loss_of(trunk, train_rows[step % len(train_rows)], as_dict(table))
+        loss, kl = loss_of(trunk, examples[step % len(examples)], student)
         torch.autograd.backward(loss)
+        for group in optimizer.param_groups:
+            torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
         optimizer.step()
-        curve.append(round(float(loss.detach()), 4))
-        print(f"step {step + 1}: loss {curve[-1]}", flush=True)
-        if (step + 1) % 5 == 0 or step + 1 == args.steps:
-            state = {"table": table.data, "optimizer": optimizer.state_dict(), "curve": curve}
-            torch.save(state, state_file)
-    final = table.detach()
-    figures = {
-        "no_sink": held_out_loss(held_out[0]),
-        "start": held_out_loss(held_out[1]),
-        "trained": held_out_loss(final),
-    }
-    return {
-        "layers": windowed,
-        "sinks": [[round(float(v), 3) for v in row] for row in final],
-        "curve": curve,
-        "held_out_loss": {k: round(v, 4) for k, v in figures.items()},
-    }
+        curve.append(round(float(kl.detach()), 4))
+        print(f"step {step + 1} of {steps}: KL {curve[-1]}", flush=True)
+    return curve
+
+
+@torch.no_grad()
+def held_out(trunk: Trunk, examples: list[Example], student: Student) -> float:
+    """Mean KL over the examples."""
+    losses = [float(loss_of(trunk, example, student)[1]) for example in examples]
+    return round(sum(losses) / len(losses), 4)
 
 
 def main() -> None:
@@ -288,40 +388,47 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=36)
     parser.add_argument("--length", type=int, default=640)
     parser.add_argument("--held-out", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=70)
+    parser.add_argument("--sink-steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=90)
+    parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     source = GgufSource(args.gguf)
-    trunk = Trunk(source)
-    began = time.monotonic()
-    text_file = args.work / "text.pt"
-    if text_file.exists():
-        text = torch.load(text_file)
-    else:
-        text = generate(trunk, source, args)
-        torch.save(text, text_file)
-    wrote = time.monotonic()
-    result = train(trunk, text, args)
-    shipped = {
-        "about": "attention sinks of the demo model, one per windowed layer and original head",
-        "trained_by": "bench/train_demo_sinks.py on text sampled from the model itself",
-        "window_keys": WINDOW_KEYS,
-        "layers": result["layers"],
-        "sinks": result["sinks"],
-    }
-    rows = ",\n    ".join(json.dumps(row) for row in shipped.pop("sinks"))
-    head = json.dumps(shipped, indent=2)[:-2]
-    args.out.write_text(f'{head},\n  "sinks": [\n    {rows}\n  ]\n}}\n', encoding="utf-8")
-    report = {
-        "tokens": text.numel(),
-        "generate_s": round(wrote - began),
-        "train_s": round(time.monotonic() - wrote),
-        "threads": torch.get_num_threads(),
-        "curve": result["curve"],
-        "held_out_loss": result["held_out_loss"],
-    }
-    print(json.dumps(report))
+    trunk, began = Trunk(source), time.monotonic()
+
+    def kept(name: str, make: Callable[[], Any]) -> Any:
+        file = args.work / name
+        if not file.exists():
+            torch.save(make(), file)
+        return torch.load(file)
+
+    text = kept("text.pt", lambda: generate(trunk, source, args))
+    # Even rows are prose: texts one can ask about.
+    asked, first = kept("requests.pt", lambda: answers(trunk, source, text[12:60:2], 63))
+    unseen, start = kept("unseen.pt", lambda: answers(trunk, source, text[0:4:2], 71, seed=2))
+    tests = [answered(ids, start) for ids in unseen]
+    window = Window(trunk, args.rank)
+    tables: dict[str, Any] = {"start": held_out(trunk, tests, window.sinks_only)}
+
+    def sinks() -> Any:
+        examples = [plain(ids, 8) for ids in text[args.held_out :]]
+        groups = [{"params": [window.sinks], "lr": 0.15}]
+        curve = fit(trunk, window.sinks_only, groups, examples, args.sink_steps, 1)
+        return window.sinks.data, curve
+
+    window.sinks.data, tables["sinks_curve"] = kept("sinks.pt", sinks)
+    tables["sinks"] = held_out(trunk, tests, window.sinks_only)
+    examples = [plain(ids, 6) for ids in text[args.held_out :]]
+    examples += 2 * [answered(ids, first) for ids in asked]
+    random.Random(1).shuffle(examples)
+    corrections = [part for parts in window.low_rank.values() for part in parts]
+    groups = [{"params": corrections, "lr": 2e-3}, {"params": [window.sinks], "lr": 0.03}]
+    tables["curve"] = fit(trunk, window.healed, groups, examples, args.steps, 8)
+    tables["healed"] = held_out(trunk, tests, window.healed)
+    window.save(args.out)
+    tables |= {"tokens": text.numel() + asked.numel(), "threads": torch.get_num_threads()}
+    print(json.dumps(tables | {"seconds": round(time.monotonic() - began)}))
 
 
 if __name__ == "__main__":
