@@ -252,8 +252,8 @@ def test_shipped_pack_keeps_its_quality_and_needs_its_sinks(
     ids = tokenizer.encode(TEXT)[:640]
     found = quality.measure(demo_pack_dir, ids)["perplexity"]
     bare = quality.measure(demo_pack_dir, ids, sinks=False)["perplexity"]
-    assert 20 < found["all"] < 45  # stated in docs/demo.md: wide, the text is short
-    assert found["512-639"] < 50
-    assert bare["all"] > 1.5 * found["all"]
+    assert 20 < found["all"] < 40  # stated in docs/demo.md: wide, the text is short
+    assert found["512-639"] < 45
+    assert bare["all"] > 1.2 * found["all"]
     # before the window fills a sink is only a little in the way
     assert math.isclose(bare["1-127"], found["1-127"], rel_tol=0.15)
