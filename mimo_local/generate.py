@@ -14,6 +14,7 @@ from mimo_local.cache import KVCache
 from mimo_local.errors import CancelledError, ContextOverflowError, UsageError
 from mimo_local.events import FinishReason, Progress
 from mimo_local.model import Model, Segment
+from mimo_local.ops import threads_for
 from mimo_local.sampler import Sampler, SamplingParams
 
 
@@ -45,7 +46,8 @@ def generate(
         hidden = _prefill(model, cache, ids, cancel, on_prefill)
         start = len(ids)
         for count in range(1, params.max_tokens + 1):
-            token = sampler.draw(model.logits(hidden)[0], len(ids), ids[start:])
+            with threads_for(1):
+                token = sampler.draw(model.logits(hidden)[0], len(ids), ids[start:])
             if token in stop_ids:
                 return "stop"
             ids.append(token)

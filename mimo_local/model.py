@@ -188,8 +188,14 @@ class Model:
         """
         return self._forward(segments, trace, None)
 
-    @torch.inference_mode()
     def _forward(
+        self, segments: Sequence[Segment], trace: Trace | None, cancel: Cancel | None
+    ) -> torch.Tensor:
+        with ops.threads_for(sum(segment.ids.shape[0] for segment in segments)):
+            return self._step(segments, trace, cancel)
+
+    @torch.inference_mode()
+    def _step(
         self, segments: Sequence[Segment], trace: Trace | None, cancel: Cancel | None
     ) -> torch.Tensor:
         ids = self._check(segments)
