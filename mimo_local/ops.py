@@ -21,8 +21,8 @@ from mimo_local.config import ModelConfig
 EXACT_ROWS = 16
 # Below this many rows torch's own threads cost more than they give: between two products they spin
 # on the cores the kernels' threads need. Demo model, 2 cores, `mimo chat`, medians of 4 pairs: a
-# 38-token prompt at 43 tokens/s with them and 83 without, decoding at 11.2 and 14.5; from 128 rows on
-# they pay (258 against 176).
+# 38-token prompt at 43 tokens/s with them and 83 without, decoding at 11.2 and 14.5. From 128 rows
+# on they pay: 258 against 176.
 _WIDE_ROWS = 64
 # Float32 scores held at once (H x queries x keys): 64 MiB.
 _SCORES = 1 << 24
