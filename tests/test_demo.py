@@ -365,6 +365,30 @@ def test_shipped_sinks_and_corrections_refuse_another_model(tiny: GgufSource) ->
 # ---- fetch ---------------------------------------------------------------------------------------
 
 
+def test_counting_bytes_survives_folders_that_vanish_under_it(tmp_path: Path) -> None:
+    """pip removes its temporary folders while their size is being read."""
+    stop = threading.Event()
+
+    def come_and_go() -> None:
+        while not stop.is_set():
+            for i in range(20):
+                (tmp_path / f"d{i}" / "e").mkdir(parents=True)
+                (tmp_path / f"d{i}" / "e" / "f").write_bytes(b"123")
+            for i in range(20):
+                shutil.rmtree(tmp_path / f"d{i}")
+
+    worker = threading.Thread(target=come_and_go)
+    worker.start()
+    try:
+        for _ in range(300):
+            assert fetch._tree_nbytes(tmp_path) % 3 == 0
+    finally:
+        stop.set()
+        worker.join()
+    (tmp_path / "g").write_bytes(b"1234")
+    assert fetch._tree_nbytes(tmp_path) == 4
+
+
 def pin_of(path: Path) -> fetch.Pin:
     data = path.read_bytes()
     return fetch.Pin(path.name, len(data), hashlib.sha256(data).hexdigest())

@@ -19,7 +19,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final
@@ -169,12 +169,12 @@ def _watch(
 
 
 def _tree_nbytes(folder: Path) -> int:
+    """Bytes of the files below; pip moves files and removes folders meanwhile, and that is fine."""
     total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.lstat().st_size if path.is_file() else 0
-        except OSError:  # pip moved it meanwhile
-            continue
+    for place, _, names in os.walk(folder):  # unlike rglob it passes over folders that are gone
+        for name in names:
+            with suppress(OSError):
+                total += (Path(place) / name).lstat().st_size
     return total
 
 
