@@ -1,0 +1,381 @@
+"""One engine in a process of its own, answering one-line JSON requests with milliseconds.
+
+    python bench/engine_worker.py llamacpp MODEL.gguf --context 1024 --batch 512
+    python bench/engine_worker.py ours --pack DIR | --slice 3 --format nf4 --vocab 1024
+
+Requests: {"op": "prefill", "n": 512}, "fill", "decode", "verify", "threads", "info", "quit". Times
+are taken here, around the engine's own call, up to the logits in memory. The parent half, `Worker`,
+stops its process while it is not asked, so that no engine's spinning threads cost the other
+anything. Both engines get the same random ids. Called by bench/vs_llamacpp.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import importlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:  # llama.cpp's Python does not have this project
+    sys.path.insert(0, str(ROOT))
+
+from mimo_local.errors import MimoError, UsageError  # noqa: E402  (standard library only)
+
+SEED = 20251217
+
+
+class Engine(Protocol):
+    """A model and one growing sequence of ids."""
+
+    vocab: int
+
+    def info(self) -> dict[str, Any]:
+        """What it is and what it runs with: engine, version, isa, model, bytes, threads."""
+
+    def set_threads(self, n: int) -> None:
+        """Use `n` CPU threads from now on."""
+
+    def reset(self) -> None:
+        """Forget the sequence."""
+
+    def feed(self, ids: Sequence[int], outputs: str) -> None:
+        """Append `ids` in one batch, up to the logits of the "last" or of "all" of them."""
+
+
+class Server:
+    """Turns requests into calls of an engine, and times them."""
+
+    def __init__(self, engine: Engine, *, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.engine, self.clock = engine, clock
+        self.ids = random.Random(SEED)
+
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The reply to one request: `ms` holds one time per call of the engine."""
+        op, n = str(request.get("op")), int(request.get("n", 0))
+        if op == "info":
+            return self.engine.info()
+        if n < 1:
+            raise UsageError(f"request `{op}` with n = {n}", hint="n is a count from 1 up")
+        if op == "threads":
+            self.engine.set_threads(n)
+            return {}
+        if op == "fill":  # the same ids in both engines, in batches that fit a small buffer
+            self._restart()
+            chunk = int(request.get("chunk", n))
+            for start in range(0, n, chunk):
+                self.engine.feed(self._draw(min(chunk, n - start)), "last")
+            return {}
+        if op == "prefill":
+            self._restart()
+            return {"ms": [self._timed(n, str(request.get("outputs", "last")))]}
+        if op == "decode":
+            return {"ms": [self._timed(1, "last") for _ in range(n)]}
+        if op == "verify":
+            return {"ms": [self._timed(n, "all")]}
+        raise UsageError(f"there is no request `{op}`", hint="see the module's first lines")
+
+    def _restart(self) -> None:
+        self.ids = random.Random(SEED)
+        self.engine.reset()
+
+    def _draw(self, n: int) -> list[int]:
+        return [self.ids.randrange(self.engine.vocab) for _ in range(n)]
+
+    def _timed(self, n: int, outputs: str) -> float:
+        ids = self._draw(n)
+        start = self.clock()
+        self.engine.feed(ids, outputs)
+        return 1e3 * (self.clock() - start)
+
+
+def serve(engine: Engine, requests: IO[str], replies: IO[str]) -> None:
+    """Answer until "quit" or the end of `requests`; an engine's error is a reply, too."""
+    server = Server(engine)
+    for line in requests:
+        request = json.loads(line)
+        if request.get("op") == "quit":
+            return
+        try:
+            reply = server.answer(request)
+        except MimoError as error:
+            reply = {"error": error.message, "hint": error.hint}
+        except (RuntimeError, MemoryError, ValueError) as error:
+            reply = {"error": f"{type(error).__name__}: {error}", "hint": "see the worker's log"}
+        print(json.dumps(reply), file=replies, flush=True)
+
+
+class Worker:
+    """The parent's half: a child process that is stopped whenever it is not being asked."""
+
+    def __init__(
+        self, name: str, command: Sequence[str], log: Path, env: dict[str, str] | None = None
+    ) -> None:
+        self.name, self.log = name, log
+        with log.open("wb") as errors:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
+                text=True, env=None if env is None else os.environ | env,
+            )  # fmt: skip
+        self.info = self._read()  # the first line comes when the model is loaded
+        self._pause()
+
+    def ask(self, op: str, n: int = 1, **more: object) -> dict[str, Any]:
+        """The reply to one request; MimoError when the engine failed or died."""
+        assert self.process.stdin is not None
+        self._signal("SIGCONT")
+        try:
+            with suppress(BrokenPipeError):  # a dead one says why in its log
+                self.process.stdin.write(json.dumps({"op": op, "n": n, **more}) + "\n")
+                self.process.stdin.flush()
+            return self._read()
+        finally:
+            self._pause()
+
+    def ms(self, op: str, n: int = 1, **more: object) -> list[float]:
+        """The times of one request."""
+        return [float(value) for value in self.ask(op, n, **more)["ms"]]
+
+    def close(self) -> None:
+        """End the process; safe to call twice."""
+        self._signal("SIGCONT")
+        if self.process.stdin is not None:
+            with suppress(BrokenPipeError):
+                self.process.stdin.close()
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _read(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            tail = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:]
+            raise MimoError(
+                f"{self.name} ended with status {self.process.wait()}: {' | '.join(tail)}",
+                hint=f"its whole output is in {self.log}",
+            )
+        reply: dict[str, Any] = json.loads(line)
+        if "error" in reply:
+            raise MimoError(f"{self.name}: {reply['error']}", hint=reply["hint"])
+        return reply
+
+    def _pause(self) -> None:
+        self._signal("SIGSTOP")
+
+    def _signal(self, name: str) -> None:
+        if self.process.poll() is None and hasattr(signal, name):
+            self.process.send_signal(getattr(signal, name))
+
+
+class LlamaCpp:
+    """llama.cpp by its C interface, with a thread pool of its own as llama-bench uses it."""
+
+    def __init__(self, path: Path, *, context: int, batch: int, threads: int) -> None:
+        self.lib: Any = importlib.import_module("llama_cpp")
+        start = time.perf_counter()
+        self.lib.llama_backend_init()
+        params = self.lib.llama_model_default_params()
+        self.model = self.lib.llama_model_load_from_file(os.fsencode(path), params)
+        if not self.model:
+            raise UsageError(f"llama.cpp cannot load {path}", hint="see the lines above")
+        wish = self.lib.llama_context_default_params()
+        wish.n_ctx, wish.n_batch, wish.n_ubatch = context, batch, batch
+        wish.n_threads = wish.n_threads_batch = threads
+        self.ctx = self.lib.llama_init_from_model(self.model, wish)
+        if not self.ctx:
+            raise UsageError(f"llama.cpp has no context of {context}", hint="see the lines above")
+        self.batch = self.lib.llama_batch_init(batch, 0, 1)
+        self.pool: ctypes.c_void_p | None = None
+        self.load_s, self.threads, self.position = 0.0, threads, 0
+        vocab = self.lib.llama_model_get_vocab(self.model)
+        self.vocab: int = self.lib.llama_vocab_n_tokens(vocab)
+        self.set_threads(threads)
+        self.load_s = time.perf_counter() - start
+
+    def info(self) -> dict[str, Any]:
+        """Engine, binding's version, CPU features of the build, model."""
+        text = ctypes.create_string_buffer(256)
+        self.lib.llama_model_desc(self.model, text, 256)
+        return {
+            "engine": "llama.cpp",
+            "version": f"llama-cpp-python {self.lib.__version__}",
+            "isa": self.lib.llama_print_system_info().decode().strip(),
+            "model": text.value.decode(),
+            "bytes": self.lib.llama_model_size(self.model),
+            "vocab": self.vocab,
+            "threads": self.threads,
+            "load_s": round(self.load_s, 1),
+        }
+
+    def set_threads(self, n: int) -> None:
+        """A new pool: without one, a build without OpenMP starts threads for every token.
+
+        Through the binding's own handle, which finds ggml's functions as well: the wheel holds
+        three copies of each library, and a pool from another copy crashes.
+        """
+        ggml, params = self.lib.llama_cpp._lib, _ThreadpoolParams()
+        ggml.ggml_threadpool_params_init(ctypes.byref(params), ctypes.c_int(n))
+        ggml.ggml_threadpool_new.restype = ctypes.c_void_p
+        pool = ctypes.c_void_p(ggml.ggml_threadpool_new(ctypes.byref(params)))
+        context = ctypes.c_void_p(ctypes.cast(self.ctx, ctypes.c_void_p).value)
+        ggml.llama_attach_threadpool(context, pool, pool)
+        self.lib.llama_set_n_threads(self.ctx, n, n)
+        if self.pool is not None:
+            ggml.ggml_threadpool_free(self.pool)
+        self.pool, self.threads = pool, n
+
+    def reset(self) -> None:
+        """Empty the cache."""
+        self.lib.llama_memory_clear(self.lib.llama_get_memory(self.ctx), True)
+        self.position = 0
+
+    def feed(self, ids: Sequence[int], outputs: str) -> None:
+        """One llama_decode of all ids."""
+        batch, n = self.batch, len(ids)
+        batch.n_tokens = n
+        for i, token in enumerate(ids):
+            batch.token[i], batch.pos[i] = token, self.position + i
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+            batch.logits[i] = outputs == "all" or i == n - 1
+        status = self.lib.llama_decode(self.ctx, batch)
+        if status != 0:
+            raise RuntimeError(f"llama_decode gives {status} at position {self.position}")
+        self.lib.llama_get_logits(self.ctx)  # waits for them
+        self.position += n
+
+
+class _ThreadpoolParams(ctypes.Structure):
+    """ggml.h, struct ggml_threadpool_params."""
+
+    _fields_ = (
+        ("cpumask", ctypes.c_bool * 512),
+        ("n_threads", ctypes.c_int),
+        ("prio", ctypes.c_int),
+        ("poll", ctypes.c_uint32),
+        ("strict_cpu", ctypes.c_bool),
+        ("paused", ctypes.c_bool),
+    )
+
+
+class Ours:
+    """This project's engine, through the runner that `mimo bench` uses."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        from mimo_local import benchmark, kernels
+
+        start = time.perf_counter()
+        model, new_cache, self.what = load_pack(args) if args.pack else load_slice(args)
+        self.kernel = kernels.describe()
+        self.runner = benchmark.ModelRunner(model, new_cache)
+        self.vocab = self.runner.vocab_size
+        self.set_threads(args.threads)
+        self.load_s = time.perf_counter() - start
+
+    def info(self) -> dict[str, Any]:
+        """Engine, version, kernels, model."""
+        from mimo_local import __version__
+        from mimo_local.benchmark import peak_rss
+
+        return {
+            "engine": "mimo-local",
+            "version": __version__,
+            "isa": self.kernel,
+            "model": self.what,
+            "bytes": peak_rss(),
+            "vocab": self.vocab,
+            "threads": self.runner.threads(),
+            "load_s": round(self.load_s, 1),
+        }
+
+    def set_threads(self, n: int) -> None:
+        """Kernels' and torch's."""
+        self.runner.set_threads(n)
+
+    def reset(self) -> None:
+        """A new cache."""
+        self.runner.reset()
+
+    def feed(self, ids: Sequence[int], outputs: str) -> None:
+        """Steps as the engine makes them: one id, a whole prompt, or rows to verify.
+
+        A prompt's last layer is computed for all rows here whatever `outputs` says.
+        """
+        if len(ids) == 1:
+            self.runner.step(ids[0])
+        elif outputs == "all" and len(ids) <= 8:
+            import torch
+
+            from mimo_local.model import Segment
+
+            segment = Segment(torch.tensor(ids, dtype=torch.int64), self.runner.cache)
+            self.runner.model.logits(self.runner.model.forward([segment]))
+        else:
+            self.runner.prefill(ids)
+
+
+def load_pack(args: argparse.Namespace) -> tuple[Any, Any, str]:
+    """(model, new_cache, description) of a pack or checkpoint folder."""
+    from mimo_local.loading import load
+    from mimo_local.settings import Settings
+
+    loaded = load(Settings.resolve(model=args.pack, threads=args.threads))
+    return loaded.model, loaded.new_cache, loaded.description
+
+
+def load_slice(args: argparse.Namespace) -> tuple[Any, Any, str]:
+    """(model, new_cache, description) of real-shape layers with random packed weights."""
+    raise UsageError("real-shape slices are not here yet", hint="give --pack DIR")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    # Libraries print where they like: the replies keep the real stdout, all else goes to the log.
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as replies:
+        os.dup2(2, 1)
+        parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+        kinds = parser.add_subparsers(dest="engine", required=True)
+        theirs, ours = kinds.add_parser("llamacpp"), kinds.add_parser("ours")
+        theirs.add_argument("gguf", type=Path)
+        ours.add_argument("--pack", type=Path)
+        ours.add_argument("--slice", type=int, default=3)
+        ours.add_argument("--format", default="nf4")
+        ours.add_argument("--vocab", type=int, default=1024)
+        for sub in (theirs, ours):
+            sub.add_argument("--context", type=int, default=1024)
+            sub.add_argument("--batch", type=int, default=512)
+            sub.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+        args = parser.parse_args(argv)
+        try:
+            engine: Engine = Ours(args) if args.engine == "ours" else LlamaCpp(
+                args.gguf, context=args.context, batch=args.batch, threads=args.threads
+            )  # fmt: skip
+        except MimoError as error:
+            print(json.dumps({"error": error.message, "hint": error.hint}), file=replies)
+            return 1
+        print(json.dumps(engine.info()), file=replies, flush=True)
+        serve(engine, sys.stdin, replies)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
