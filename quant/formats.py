@@ -67,6 +67,9 @@ class Format(Protocol):
     def nbytes(self, rows: int, cols: int) -> int:
         """Bytes of all parts."""
 
+    def matrix(self, parts: Parts) -> kernels.Matrix:
+        """Addresses of contiguous parts for the kernels; the parts must outlive it."""
+
     def pack(self, w: torch.Tensor, *, search: bool = True) -> Parts:
         """W (N, K) float32 -> parts; `search` tries scales around the largest magnitude."""
 
@@ -87,10 +90,29 @@ def _f32(w: torch.Tensor) -> torch.Tensor:
     return w.detach().to(device="cpu", dtype=torch.float32).contiguous()
 
 
+def _native_matmul(
+    native: kernels.Kernels, x: torch.Tensor, parts: Parts, fmt: Format
+) -> torch.Tensor:
+    """x (T, K) -> (T, N) by the kernels; the parts are contiguous."""
+    x, w = _f32(x), fmt.matrix(parts)
+    y = torch.empty((x.shape[0], w.rows), dtype=torch.float32)
+    native.matmul(w, x.data_ptr(), x.shape[1], x.shape[0], y.data_ptr(), w.rows)
+    return y
+
+
 class _Quantized(ABC):
     """What NF4 and INT8 share: the choice between the kernel and the twin."""
 
     name: str
+    code: int
+    """`mimo_format` of the kernels."""
+
+    def matrix(self, parts: Parts) -> kernels.Matrix:
+        """Addresses of contiguous parts for the kernels; the parts must outlive it."""
+        codes, scales = parts["codes"], parts["scales"]
+        return kernels.Matrix(
+            codes.data_ptr(), scales.data_ptr(), codes.shape[0], self._cols(parts), self.code
+        )
 
     @abstractmethod
     def supports(self, rows: int, cols: int) -> bool: ...
@@ -126,8 +148,7 @@ class _Quantized(ABC):
             return self.pack_torch(w, search=search)
         out = {k: torch.empty(s, dtype=d) for k, (d, s) in self.parts(rows, cols).items()}
         codes, scales = out["codes"].data_ptr(), out["scales"].data_ptr()
-        quantize = native.nf4_quantize if self.name == "nf4" else native.int8_quantize
-        quantize(w.data_ptr(), rows, cols, codes, scales, search)
+        native.quantize(self.code, w.data_ptr(), rows, cols, codes, scales, search)
         return out
 
     def unpack(self, parts: Parts) -> torch.Tensor:
@@ -135,11 +156,10 @@ class _Quantized(ABC):
         native = kernels.get()
         if native is None:
             return self.unpack_torch(parts)
-        codes, scales = parts["codes"].contiguous(), parts["scales"].contiguous()
-        rows, cols = codes.shape[0], self._cols(parts)
-        out = torch.empty((rows, cols), dtype=torch.float32)
-        unpack = native.nf4_dequantize if self.name == "nf4" else native.int8_dequantize
-        unpack(codes.data_ptr(), scales.data_ptr(), rows, cols, out.data_ptr())
+        parts = {name: part.contiguous() for name, part in parts.items()}
+        w = self.matrix(parts)
+        out = torch.empty((w.rows, w.cols), dtype=torch.float32)
+        native.dequantize(w, out.data_ptr())
         return out
 
     def matmul(self, x: torch.Tensor, parts: Parts) -> torch.Tensor:
@@ -147,13 +167,7 @@ class _Quantized(ABC):
         native = kernels.get()
         if native is None or x.shape[0] > NATIVE_ROWS:
             return self._matmul_by_rows(x, parts, self.unpack)
-        codes, scales = parts["codes"].contiguous(), parts["scales"].contiguous()
-        x = _f32(x)
-        t, n, k = x.shape[0], codes.shape[0], self._cols(parts)
-        y = torch.empty((t, n), dtype=torch.float32)
-        multiply = native.nf4_matmul if self.name == "nf4" else native.int8_matmul
-        multiply(x.data_ptr(), k, t, codes.data_ptr(), scales.data_ptr(), n, k, y.data_ptr(), n)
-        return y
+        return _native_matmul(native, x, {k: part.contiguous() for k, part in parts.items()}, self)
 
     def matmul_torch(self, x: torch.Tensor, parts: Parts) -> torch.Tensor:
         """The twin of `matmul`."""
@@ -178,6 +192,7 @@ class NF4(_Quantized):
     """
 
     name = "nf4"
+    code = kernels.NF4
 
     def supports(self, rows: int, cols: int) -> bool:
         """Columns must be a positive multiple of 64."""
@@ -297,6 +312,7 @@ class INT8(_Quantized):
     """
 
     name = "int8"
+    code = kernels.INT8
 
     def supports(self, rows: int, cols: int) -> bool:
         """Any matrix."""
@@ -333,6 +349,12 @@ class Plain:
     def __init__(self, name: str, dtype: torch.dtype) -> None:
         self.name = name
         self.dtype = dtype
+        self.code = kernels.BF16 if dtype == torch.bfloat16 else kernels.F32
+
+    def matrix(self, parts: Parts) -> kernels.Matrix:
+        """Address of a contiguous weight for the kernels; it must outlive it."""
+        w = parts["weight"]
+        return kernels.Matrix(w.data_ptr(), None, w.shape[0], w.shape[1], self.code)
 
     def supports(self, rows: int, cols: int) -> bool:
         """Any matrix."""
@@ -358,14 +380,9 @@ class Plain:
     def matmul(self, x: torch.Tensor, parts: Parts) -> torch.Tensor:
         """x (T, K) float32 -> (T, N) float32, float32 sums; BF16 natively for T <= 16."""
         native = kernels.get()
-        w = parts["weight"].contiguous()
         if native is None or self.dtype != torch.bfloat16 or x.shape[0] > NATIVE_ROWS:
             return self.matmul_torch(x, parts)
-        x = _f32(x)
-        (t, k), n = x.shape, w.shape[0]
-        y = torch.empty((t, n), dtype=torch.float32)
-        native.bf16_matmul(x.data_ptr(), k, t, w.data_ptr(), n, k, y.data_ptr(), n)
-        return y
+        return _native_matmul(native, x, {"weight": parts["weight"].contiguous()}, self)
 
     def matmul_torch(self, x: torch.Tensor, parts: Parts) -> torch.Tensor:
         """The twin of `matmul`."""

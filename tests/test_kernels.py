@@ -1,6 +1,6 @@
 """The kernel library. Every table against scalar bit for bit, scalar against torch.
 
-The native part (tests/native/kernels_test.cpp) is compiled here with sanitizers, AVX-512 emulated.
+The native part (tests/native) is compiled here with sanitizers, AVX-512 emulated.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ CHECKS = [
     "not_finite",
 ]
 Parts = tuple[torch.Tensor, torch.Tensor]
+CODES = {"nf4": kernels.NF4, "int8": kernels.INT8, "bf16": kernels.BF16}
 
 torch.set_num_threads(1)
 
@@ -68,20 +69,23 @@ def quantize(k: kernels.Kernels, name: str, w: torch.Tensor, *, search: bool) ->
     if name == "nf4":
         codes = torch.empty(rows, cols // 2, dtype=torch.uint8)
         scales = torch.empty(rows, cols // 64, dtype=torch.float16)
-        call = k.nf4_quantize
     else:
         codes = torch.empty(rows, cols, dtype=torch.int8)
         scales = torch.empty(rows)
-        call = k.int8_quantize  # type: ignore[assignment]
-    call(w.data_ptr(), rows, cols, codes.data_ptr(), scales.data_ptr(), search)
+    out = codes.data_ptr(), scales.data_ptr()
+    k.quantize(CODES[name], w.data_ptr(), rows, cols, *out, search)
     return codes, scales
+
+
+def addresses(*tensors: torch.Tensor) -> tuple[int, ...]:
+    return tuple(tensor.data_ptr() for tensor in tensors)
 
 
 def dequantize(k: kernels.Kernels, name: str, parts: Parts, cols: int) -> torch.Tensor:
     codes, scales = parts
     out = torch.empty(codes.shape[0], cols)
-    call = k.nf4_dequantize if name == "nf4" else k.int8_dequantize
-    call(codes.data_ptr(), scales.data_ptr(), codes.shape[0], cols, out.data_ptr())
+    w = kernels.Matrix(codes.data_ptr(), scales.data_ptr(), codes.shape[0], cols, CODES[name])
+    k.dequantize(w, out.data_ptr())
     return out
 
 
@@ -100,14 +104,9 @@ def weights(name: str, rows: int, cols: int, seed: int) -> Parts:
 def matmul(k: kernels.Kernels, name: str, x: torch.Tensor, parts: Parts) -> torch.Tensor:
     rows, cols = parts[0].shape[0], x.shape[1]
     y = torch.full((x.shape[0], rows + 1), float("nan"))  # ldy > N: the last column must stay
-    shape = (rows, cols, y.data_ptr(), rows + 1)
-    start = (x.data_ptr(), x.stride(0), x.shape[0], parts[0].data_ptr())
-    if name == "bf16":
-        k.bf16_matmul(*start, *shape)
-    elif name == "nf4":
-        k.nf4_matmul(*start, parts[1].data_ptr(), *shape)
-    else:
-        k.int8_matmul(*start, parts[1].data_ptr(), *shape)
+    scales = None if name == "bf16" else parts[1].data_ptr()
+    w = kernels.Matrix(parts[0].data_ptr(), scales, rows, cols, CODES[name])
+    k.matmul(w, x.data_ptr(), x.stride(0), x.shape[0], y.data_ptr(), rows + 1)
     assert y[:, rows].isnan().all()
     return y[:, :rows]
 
@@ -231,17 +230,20 @@ def test_nothing_outside_the_buffers_is_touched(tables: list[kernels.Kernels]) -
             codes, scales = weights("nf4", rows, cols, seed=rows)
             x, w, y = random(2, cols, seed=1), random(rows, cols, seed=2), torch.zeros(2, rows)
             c, s = at_end(codes), at_end(scales)
-            k.nf4_matmul(at_end(x), cols, 2, c, s, rows, cols, at_end(y), rows)
-            k.nf4_dequantize(c, s, rows, cols, at_end(w))
-            k.nf4_quantize(at_end(w), rows, cols, c, s, True)
+            stored = kernels.Matrix(c, s, rows, cols, kernels.NF4)
+            k.matmul(stored, at_end(x), cols, 2, at_end(y), rows)
+            k.dequantize(stored, at_end(w))
+            k.quantize(kernels.NF4, at_end(w), rows, cols, c, s, True)
         for rows, cols in ((1, 1), (3, 7), (5, 65), (4, 576)):
             codes, scales = weights("int8", rows, cols, seed=rows)
             x, w, y = random(3, cols, seed=1), random(rows, cols, seed=2), torch.zeros(3, rows)
             c, s = at_end(codes), at_end(scales)
-            k.int8_matmul(at_end(x), cols, 3, c, s, rows, cols, at_end(y), rows)
-            k.bf16_matmul(at_end(x), cols, 3, at_end(w.bfloat16()), rows, cols, at_end(y), rows)
-            k.int8_dequantize(c, s, rows, cols, at_end(w))
-            k.int8_quantize(at_end(w), rows, cols, c, s, True)
+            stored = kernels.Matrix(c, s, rows, cols, kernels.INT8)
+            k.matmul(stored, at_end(x), cols, 3, at_end(y), rows)
+            plain = kernels.Matrix(at_end(w.bfloat16()), None, rows, cols, kernels.BF16)
+            k.matmul(plain, at_end(x), cols, 3, at_end(y), rows)
+            k.dequantize(stored, at_end(w))
+            k.quantize(kernels.INT8, at_end(w), rows, cols, c, s, True)
     for n in (1, 15, 16, 255, 256, 320, 331):
         data = torch.zeros(n, dtype=torch.uint8)
         assert tables[0].crc32(at_end(data), n) == zlib.crc32(bytes(n))
@@ -337,7 +339,7 @@ def test_zeros_subnormals_and_values_beyond_fp16(tables: list[kernels.Kernels]) 
     w[4] = torch.finfo(torch.float32).max
     for k in tables:
         codes, scales = torch.empty(5, 32, dtype=torch.uint8), torch.empty(5, 1).half()
-        assert k.nf4_quantize(w.data_ptr(), 5, 64, codes.data_ptr(), scales.data_ptr(), True) == 2
+        assert k.quantize(kernels.NF4, w.data_ptr(), 5, 64, *addresses(codes, scales), True) == 2
         assert scales.flatten().tolist()[3:] == [65504.0, 65504.0]
         back = dequantize(k, "nf4", (codes, scales), 64)
         assert back[0].eq(0).all() and back[3, 5] == -65504 and back[4].eq(65504).all()
@@ -399,8 +401,10 @@ def test_wrong_arguments_are_refused_with_their_value(
 ) -> None:
     good = {"x_ptr": 64, "ldx": 64, "T": 1, "codes_ptr": 64, "scales_ptr": 64}
     good |= {"N": 3, "K": 64, "y_ptr": 64, "ldy": 3}
+    given = good | change
+    stored = [given.pop(name) for name in ("codes_ptr", "scales_ptr", "N", "K")]
     with pytest.raises(NativeError, match=message) as caught:
-        library.nf4_matmul(**(good | change))
+        library.matmul(kernels.Matrix(*stored, kernels.NF4), **given)
     assert caught.value.hint
 
 
@@ -479,7 +483,8 @@ codes, scales = array.array("b", bytes(range(128)) * (n * cols // 128)), array.a
 x, y = array.array("f", [0.25] * cols), array.array("f", [0.0] * n)
 def product():
     at = [a.buffer_info()[0] for a in (x, codes, scales, y)]
-    k.int8_matmul(at[0], cols, 1, at[1], at[2], n, cols, at[3], n)
+    w = kernels.Matrix(at[1], at[2], n, cols, kernels.INT8)
+    k.matmul(w, at[0], cols, 1, at[3], n)
     return y.tobytes()
 expected = product()
 for _ in range(3):
@@ -498,7 +503,7 @@ print("same")
 
 @pytest.fixture(scope="session")
 def native(request: pytest.FixtureRequest) -> Path:
-    """tests/native/kernels_test.cpp, built once per state of the sources."""
+    """The program of tests/native, built once per state of the sources."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("no C++ compiler")
@@ -521,8 +526,8 @@ def native(request: pytest.FixtureRequest) -> Path:
 
 def build(compiler: str, flags: list[str], folder: Path, program: Path) -> None:
     units = [f for f in (SOURCES / "src").glob("*.cpp") if f.stem != "isa_scalar"]
-    units.append(NATIVE / "kernels_test.cpp")  # includes isa_scalar.cpp
-    flags = [*flags, f"-I{SOURCES / 'src'}", f"-I{NATIVE}", "-DMIMO_AVX512_EMULATION"]
+    units += sorted(NATIVE.glob("*.cpp"))  # scalar_test.cpp includes isa_scalar.cpp
+    flags = [*flags, f"-I{SOURCES / 'src'}", f"-I{NATIVE}", "-DMIMO_EMULATION"]
 
     def compile_one(unit: Path) -> str:
         target = folder / f"{unit.stem}.o"
@@ -587,7 +592,7 @@ def test_instruction_sets_do_not_leak(tmp_path: Path) -> None:
     compiler, nm = shutil.which("g++"), shutil.which("nm")
     if compiler is None or nm is None:
         pytest.skip("needs g++ and nm")
-    for isa in ("avx2", "avx512"):
+    for isa in ("avx2", "avx_vnni", "avx512", "amx"):
         target = tmp_path / f"{isa}.o"
         source = SOURCES / "src" / f"isa_{isa}.cpp"
         subprocess.run([compiler, "-std=c++20", "-O0", "-c", source, "-o", target], check=True)

@@ -18,7 +18,7 @@ from typing import Final
 
 from mimo_local.errors import NativeError
 
-ABI_VERSION: Final = 1
+ABI_VERSION: Final = 2
 BLOCK: Final = 64
 """Weights along a row that share one NF4 scale."""
 MAX_THREADS: Final = 256
@@ -35,9 +35,7 @@ _REINSTALL: Final = (
 )
 
 _I32, _I64, _PTR = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
-_PRODUCT: Final = [_PTR, _PTR, _I64, _I64, _PTR, _PTR, _I64, _I64, _PTR, _I64]
-_QUANTIZE: Final = [_PTR, _PTR, _I64, _I64, _PTR, _PTR, _I32, _PTR]
-_DEQUANTIZE: Final = [_PTR, _PTR, _PTR, _I64, _I64, _PTR]
+_F32 = ctypes.c_float
 _SIGNATURES: Final = {
     "mimo_abi_version": (_I32, []),
     "mimo_get_table": (_PTR, [ctypes.c_char_p]),
@@ -46,15 +44,119 @@ _SIGNATURES: Final = {
     "mimo_threads": (_I32, []),
     "mimo_default_threads": (_I32, []),
     "mimo_set_threads": (_I32, [_I32]),
-    "mimo_nf4_matmul": (_I32, _PRODUCT),
-    "mimo_int8_matmul": (_I32, _PRODUCT),
-    "mimo_bf16_matmul": (_I32, [*_PRODUCT[:5], *_PRODUCT[6:]]),
-    "mimo_nf4_quantize": (_I32, _QUANTIZE),
-    "mimo_int8_quantize": (_I32, _QUANTIZE),
-    "mimo_nf4_dequantize": (_I32, _DEQUANTIZE),
-    "mimo_int8_dequantize": (_I32, _DEQUANTIZE),
+    "mimo_matmul": (_I32, [_PTR, _PTR, _PTR, _I64, _I64, _PTR, _I64]),
+    "mimo_moe": (
+        _I32,
+        [_PTR, _PTR, _I64, _PTR, _I64, _I64, _PTR, _PTR, _I64, _PTR, _I64, _I32],
+    ),
+    "mimo_route": (_I32, [_PTR, _PTR, _PTR, _I64, _I64, _PTR, _PTR]),
+    "mimo_attend": (_I32, [_PTR, _PTR, _PTR, _I64, _PTR, _I64, _PTR, _I64]),
+    "mimo_rms_norm": (_I32, [_PTR, _PTR, _I64, _I64, _I64, _PTR, _F32, _PTR, _I64]),
+    "mimo_attention": (_I32, [_PTR, _PTR, _PTR, _I64, _PTR, _PTR, _PTR, _I64, _PTR]),
+    "mimo_mixture": (_I32, [_PTR, _PTR, _PTR, _I64, _PTR]),
+    "mimo_quantize": (_I32, [_PTR, _I64, _PTR, _I64, _I64, _PTR, _PTR, _I32, _PTR]),
+    "mimo_dequantize": (_I32, [_PTR, _PTR, _PTR]),
+    "mimo_read_limit": (_I32, [_PTR, _PTR, _I64, _I64, _PTR]),
+    "mimo_product_limit": (_I32, [_PTR, _I64, _PTR, _PTR]),
     "mimo_crc32": (ctypes.c_uint32, [_PTR, ctypes.c_size_t, ctypes.c_uint32]),
 }
+
+
+NF4, MXFP4, INT8, BF16, F32 = range(5)
+"""`mimo_format`."""
+_SCALE_SIZES: Final = {NF4: 2, MXFP4: 1, INT8: 4}
+
+
+class Matrix(ctypes.Structure):
+    """`mimo_matrix`: addresses of a stored matrix W (rows, cols). Keeps no memory alive."""
+
+    _fields_ = (
+        ("codes", _PTR),
+        ("scales", _PTR),
+        ("rows", _I64),
+        ("cols", _I64),
+        ("format", _I64),
+    )
+
+    def facts(self) -> dict[str, int | None]:
+        """What an error message may name."""
+        return {
+            "fmt": self.format,
+            "codes_ptr": self.codes,
+            "scales_ptr": self.scales,
+            "N": self.rows,
+            "K": self.cols,
+        }
+
+
+class Mlp(ctypes.Structure):
+    """`mimo_mlp`."""
+
+    _fields_ = (("gate", Matrix), ("up", Matrix), ("down", Matrix))
+
+
+class Router(ctypes.Structure):
+    """`mimo_router`."""
+
+    _fields_ = (
+        ("weight", _PTR),
+        ("bias", _PTR),
+        ("E", _I64),
+        ("D", _I64),
+        ("K", _I64),
+        ("n_group", _I64),
+        ("topk_group", _I64),
+        ("norm", _I64),
+        ("scale", _F32),
+        ("reserved", _F32),
+    )
+
+
+class Heads(ctypes.Structure):
+    """`mimo_heads`."""
+
+    _fields_ = (
+        ("heads", _I64),
+        ("kv_heads", _I64),
+        ("dk", _I64),
+        ("dv", _I64),
+        ("window", _I64),
+        ("sink", _PTR),
+        ("kv_bf16", _I64),
+    )
+
+
+class Sequence(ctypes.Structure):
+    """`mimo_kv`."""
+
+    _fields_ = (("k", _PTR), ("v", _PTR), ("first", _I64), ("start", _I64), ("T", _I64))
+
+
+class AttentionBlock(ctypes.Structure):
+    """`mimo_attention_block`."""
+
+    _fields_ = (
+        ("heads", Heads),
+        ("qkv", Matrix),
+        ("out", Matrix),
+        ("norm", _PTR),
+        ("eps", _F32),
+        ("value_scale", _F32),
+        ("rotary", _I64),
+    )
+
+
+class MlpBlock(ctypes.Structure):
+    """`mimo_mlp_block`."""
+
+    _fields_ = (
+        ("norm", _PTR),
+        ("mlps", _PTR),
+        ("n_mlps", _I64),
+        ("router", _PTR),
+        ("eps", _F32),
+        ("reserved", _F32),
+    )
 
 
 class Kernels:
@@ -108,102 +210,46 @@ class Kernels:
             raise NativeError(f"the kernels could not switch to {n} threads", hint=_REPORT)
 
     def with_isa(self, isa: str) -> Kernels:
-        """The library bound to "scalar", "avx2" or "avx512"; NativeError if this CPU lacks it."""
+        """The library bound to one of its tables ("avx2", ...); NativeError if this CPU lacks it."""
         return Kernels(self._library, self.path, isa)
 
-    # Products: y (T, N) f32 = x (T, K) f32 @ W (N, K)^T; ldx, ldy = elements from row to row.
+    @property
+    def table(self) -> int:
+        """Address of the table of this instruction set: first argument of the library's calls."""
+        return int(self._table)
 
-    def nf4_matmul(
-        self,
-        x_ptr: int,
-        ldx: int,
-        T: int,
-        codes_ptr: int,
-        scales_ptr: int,
-        N: int,
-        K: int,
-        y_ptr: int,
-        ldy: int,
-    ) -> None:
-        """W: codes uint8 (N, K/2), element 2i in the high nibble; scales float16 (N, K/64)."""
-        status = self._library.mimo_nf4_matmul(
-            self._table, x_ptr, ldx, T, codes_ptr, scales_ptr, N, K, y_ptr, ldy
-        )
+    def call(self, name: str, *arguments: object) -> None:
+        """`mimo_<name>(table, *arguments)`; NativeError if the library refuses or fails."""
+        status = getattr(self._library, "mimo_" + name)(self._table, *arguments)
         if status:
-            raise _error("nf4_matmul", status, locals())
+            raise _error(name, status)
 
-    def int8_matmul(
-        self,
-        x_ptr: int,
-        ldx: int,
-        T: int,
-        codes_ptr: int,
-        scales_ptr: int,
-        N: int,
-        K: int,
-        y_ptr: int,
-        ldy: int,
-    ) -> None:
-        """W: codes int8 (N, K), scales float32 (N,)."""
-        status = self._library.mimo_int8_matmul(
-            self._table, x_ptr, ldx, T, codes_ptr, scales_ptr, N, K, y_ptr, ldy
-        )
+    def matmul(self, w: Matrix, x_ptr: int, ldx: int, T: int, y_ptr: int, ldy: int) -> None:
+        """y (T, rows) f32 = x (T, cols) f32 @ W^T; ldx, ldy = elements from row to row."""
+        status = self._library.mimo_matmul(self._table, ctypes.byref(w), x_ptr, ldx, T, y_ptr, ldy)
         if status:
-            raise _error("int8_matmul", status, locals())
+            raise _error("matmul", status, {**w.facts(), **_without_self(locals())})
 
-    def bf16_matmul(
-        self, x_ptr: int, ldx: int, T: int, weight_ptr: int, N: int, K: int, y_ptr: int, ldy: int
-    ) -> None:
-        """W: bfloat16 (N, K)."""
-        status = self._library.mimo_bf16_matmul(
-            self._table, x_ptr, ldx, T, weight_ptr, N, K, y_ptr, ldy
-        )
-        if status:
-            raise _error("bf16_matmul", status, locals())
+    # Quantisers: w (N, K) f32 -> codes, scales. `search` tries several scales and keeps the one
+    # with the least squared error. NaN or infinity in w: a NativeError that names the row.
 
-    # Quantisers: w (N, K) f32 -> codes, scales as above. `search` tries several scales and keeps
-    # the one with the least squared error. NaN or infinity in w: a NativeError that names the row.
-
-    def nf4_quantize(
-        self, w_ptr: int, N: int, K: int, codes_ptr: int, scales_ptr: int, search: bool
+    def quantize(
+        self, fmt: int, w_ptr: int, N: int, K: int, codes_ptr: int, scales_ptr: int, search: bool
     ) -> int:
-        """Returns how many blocks had a weight beyond float16's range and were clamped to it."""
+        """Returns how many blocks had a weight beyond the scale's range and were clamped to it."""
         info = _I64(0)
-        status = self._library.mimo_nf4_quantize(
-            self._table, w_ptr, N, K, codes_ptr, scales_ptr, search, ctypes.byref(info)
+        status = self._library.mimo_quantize(
+            self._table, fmt, w_ptr, N, K, codes_ptr, scales_ptr, search, ctypes.byref(info)
         )
         if status not in (0, _CLAMPED):
-            raise _error("nf4_quantize", status, locals())
+            raise _error("quantize", status, _without_self(locals()))
         return info.value
 
-    def int8_quantize(
-        self, w_ptr: int, N: int, K: int, codes_ptr: int, scales_ptr: int, search: bool
-    ) -> None:
-        """One float32 scale per row; codes within -127..127."""
-        info = _I64(0)
-        status = self._library.mimo_int8_quantize(
-            self._table, w_ptr, N, K, codes_ptr, scales_ptr, search, ctypes.byref(info)
-        )
+    def dequantize(self, w: Matrix, out_ptr: int) -> None:
+        """-> out (rows, cols) float32."""
+        status = self._library.mimo_dequantize(self._table, ctypes.byref(w), out_ptr)
         if status:
-            raise _error("int8_quantize", status, locals())
-
-    def nf4_dequantize(self, codes_ptr: int, scales_ptr: int, N: int, K: int, out_ptr: int) -> None:
-        """-> out (N, K) float32."""
-        status = self._library.mimo_nf4_dequantize(
-            self._table, codes_ptr, scales_ptr, N, K, out_ptr
-        )
-        if status:
-            raise _error("nf4_dequantize", status, locals())
-
-    def int8_dequantize(
-        self, codes_ptr: int, scales_ptr: int, N: int, K: int, out_ptr: int
-    ) -> None:
-        """-> out (N, K) float32."""
-        status = self._library.mimo_int8_dequantize(
-            self._table, codes_ptr, scales_ptr, N, K, out_ptr
-        )
-        if status:
-            raise _error("int8_dequantize", status, locals())
+            raise _error("dequantize", status, {**w.facts(), **_without_self(locals())})
 
     def crc32(self, ptr: int, n: int, seed: int = 0) -> int:
         """zlib.crc32 of `n` bytes; `seed` is the value of the bytes before them."""
@@ -223,7 +269,7 @@ def why_unavailable() -> str:
 
 
 def describe() -> str:
-    """ "avx512", "avx2", "scalar", or "reference (slow)" without the library."""
+    """ "amx", "avx512", "avx_vnni", "avx2", "scalar", or "reference (slow)" without the library."""
     kernels = get()
     return REFERENCE if kernels is None else kernels.isa
 
@@ -275,7 +321,7 @@ def _open(path: Path) -> ctypes.CDLL:
 
 
 def _tables(library: ctypes.CDLL) -> tuple[str, ...]:
-    names = ("scalar", "avx2", "avx512")
+    names = ("scalar", "avx2", "avx_vnni", "avx512", "amx")
     return tuple(name for name in names if library.mimo_get_table(name.encode()))
 
 
@@ -289,8 +335,13 @@ def _wished_threads() -> tuple[int | None, str]:
     return None, f"MIMO_THREADS={wish[:32]} is not a number from 1 to {MAX_THREADS}; ignored"
 
 
-def _error(name: str, status: int, arguments: dict[str, object]) -> NativeError:
+def _without_self(arguments: dict[str, object]) -> dict[str, object]:
+    return {name: value for name, value in arguments.items() if name != "self"}
+
+
+def _error(name: str, status: int, arguments: dict[str, object] | None = None) -> NativeError:
     """The error for a status: for refused arguments, the first one that cannot be right."""
+    arguments = arguments or {}
     given = {k: v for k, v in arguments.items() if isinstance(v, int) or v is None}
     if status == _NOT_FINITE:
         info = arguments["info"]
@@ -300,18 +351,23 @@ def _error(name: str, status: int, arguments: dict[str, object]) -> NativeError:
             hint="The source checkpoint is damaged: check its download (sizes, checksums).",
         )
     if status == _REFUSED:
-        return NativeError(f"{name}: {_culprit(name, given)}", hint=_REPORT)
+        return NativeError(f"{name}: {_culprit(given)}", hint=_REPORT)
     reason = _FAILURES.get(status, f"status {status}")
     return NativeError(f"{name}: the kernel library reports {reason}", hint=_REPORT)
 
 
-def _culprit(name: str, given: dict[str, int | None]) -> str:
-    wide_scales = not name.startswith("nf4")
+def _culprit(given: dict[str, int | None]) -> str:
+    fmt = given.get("fmt")
+    if fmt is not None and not NF4 <= fmt <= F32:
+        return f"format {fmt} is unknown"
+    scale_size = 0 if fmt is None else _SCALE_SIZES.get(fmt, 0)
+    code_size = {BF16: 2, F32: 4}.get(-1 if fmt is None else fmt, 1)
+    sizes = {"codes_ptr": code_size, "scales_ptr": scale_size, "ptr": 1}
     for key, value in given.items():
         if key.endswith("ptr"):
-            one_byte = key == "codes_ptr" or key == "ptr"
-            two_bytes = key == "weight_ptr" or (key == "scales_ptr" and not wide_scales)
-            size = 1 if one_byte else 2 if two_bytes else 4
+            size = sizes.get(key, 4)
+            if not size:
+                continue
             if not value:
                 return f"{key} is null"
             if value % size:
@@ -319,9 +375,11 @@ def _culprit(name: str, given: dict[str, int | None]) -> str:
         elif value is not None and value < (1 if key == "K" else 0) and key in "T N K n":
             return f"{key}={value} is out of range"
     K = given.get("K") or 0
-    if name.startswith("nf4") and K % BLOCK:
+    if fmt in (NF4, MXFP4) and K % BLOCK:
         return f"K={K} is not a multiple of {BLOCK}"
     for key, least in (("ldx", K), ("ldy", given.get("N") or 0)):
         if (value := given.get(key)) is not None and value < least:
             return f"{key}={value} is less than a row of {least}"
+    if not given:
+        return "the library refuses the arguments"
     return "sizes beyond the address space: " + ", ".join(f"{k}={v}" for k, v in given.items())

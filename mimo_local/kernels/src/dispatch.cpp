@@ -10,12 +10,17 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace mimo {
 namespace {
 
-enum Level : int { kScalar = 0, kAvx2 = 1, kAvx512 = 2 };
-constexpr const char *kNames[] = {"scalar", "avx2", "avx512"};
+enum Level : int { kScalar, kAvx2, kAvxVnni, kAvx512, kAmx };
+constexpr int kLevels = 5;
+constexpr const char *kNames[kLevels] = {"scalar", "avx2", "avx_vnni", "avx512", "amx"};
 
 #if defined(__x86_64__)
 
@@ -27,64 +32,95 @@ std::uint64_t saved_state() noexcept {
   return static_cast<std::uint64_t>(high) << 32 | low;
 }
 
-Level detect() noexcept {
+// The tile registers are 8 KB of state per thread: Linux grants them to a process that asks (once, before its threads).
+bool granted_tiles() noexcept {
+#if defined(__linux__)
+  constexpr long kRequest = 0x1023;  // ARCH_REQ_XCOMP_PERM
+  constexpr long kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+// Bit l is set if level l runs here. Not a chain: there are CPUs with AVX-512 VNNI and no AVX-VNNI, and the reverse.
+unsigned detect() noexcept {
+  constexpr unsigned kNone = 1U << kScalar;
   std::uint32_t a = 0;
   std::uint32_t b = 0;
   std::uint32_t c = 0;
   std::uint32_t d = 0;
-  if (__get_cpuid(1, &a, &b, &c, &d) == 0) return kScalar;
+  if (__get_cpuid(1, &a, &b, &c, &d) == 0) return kNone;
   constexpr std::uint32_t kFma = 1U << 12;
   constexpr std::uint32_t kOsXsave = 1U << 27;
   constexpr std::uint32_t kAvx = 1U << 28;
   constexpr std::uint32_t kF16c = 1U << 29;
   constexpr std::uint32_t kFirst = kFma | kOsXsave | kAvx | kF16c;
-  if ((c & kFirst) != kFirst) return kScalar;
+  if ((c & kFirst) != kFirst) return kNone;
   const std::uint64_t state = saved_state();
-  constexpr std::uint64_t kYmm = 0x6;      // XMM and upper halves of YMM
-  constexpr std::uint64_t kZmm = 0xE6;     // and mask registers, upper halves of ZMM, ZMM16..31
-  if ((state & kYmm) != kYmm) return kScalar;
-  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return kScalar;
+  constexpr std::uint64_t kYmm = 0x6;         // XMM and upper halves of YMM
+  constexpr std::uint64_t kZmm = 0xE6;        // and mask registers, upper halves of ZMM, ZMM16..31
+  constexpr std::uint64_t kTiles = 0x60000;   // tile configuration and data
+  if ((state & kYmm) != kYmm) return kNone;
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return kNone;
   constexpr std::uint32_t kAvx2Bit = 1U << 5;
-  if ((b & kAvx2Bit) == 0) return kScalar;
+  if ((b & kAvx2Bit) == 0) return kNone;
+  unsigned found = kNone | 1U << kAvx2;
   constexpr std::uint32_t kF = 1U << 16;
   constexpr std::uint32_t kDq = 1U << 17;
   constexpr std::uint32_t kBw = 1U << 30;
   constexpr std::uint32_t kVl = 1U << 31;
   constexpr std::uint32_t k512 = kF | kDq | kBw | kVl;
-  if ((b & k512) != k512 || (state & kZmm) != kZmm) return kAvx2;
-  return kAvx512;
+  constexpr std::uint32_t kVnni512 = 1U << 11;
+  constexpr std::uint32_t kAmxBits = 1U << 24 | 1U << 25;  // tiles, int8 products of them
+  if ((b & k512) == k512 && (c & kVnni512) != 0 && (state & kZmm) == kZmm) {
+    found |= 1U << kAvx512;
+    if ((d & kAmxBits) == kAmxBits && (state & kTiles) == kTiles && granted_tiles()) found |= 1U << kAmx;
+  }
+  constexpr std::uint32_t kVnni = 1U << 4;
+  if (__get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a & kVnni) != 0) found |= 1U << kAvxVnni;
+  return found;
 }
 
 #else
 
-Level detect() noexcept { return kScalar; }
+unsigned detect() noexcept { return 1U << kScalar; }
 
 #endif
 
 struct Choice {
-  Level best;
+  unsigned found;
   Level used;
   std::string note;
 };
 
 int level_of(const char *name) noexcept {
-  for (int i = 0; i < 3; ++i) {
+  for (int i = 0; i < kLevels; ++i) {
     if (std::strcmp(name, kNames[i]) == 0) return i;
   }
   return -1;
 }
 
+Level best_of(unsigned found) noexcept {
+  int best = kScalar;
+  for (int i = 0; i < kLevels; ++i) {
+    if ((found >> i & 1U) != 0) best = i;
+  }
+  return static_cast<Level>(best);
+}
+
 Choice choose() {
-  Choice choice{detect(), kScalar, {}};
-  choice.used = choice.best;
+  const unsigned found = detect();
+  const Level best = best_of(found);
+  Choice choice{found, best, {}};
   const char *wish = std::getenv("MIMO_ISA");
   if (wish == nullptr || *wish == '\0') return choice;
   const std::string wished = std::string(wish).substr(0, 32);
   const int level = level_of(wish);
   if (level < 0) {
-    choice.note = "MIMO_ISA=" + wished + " is none of scalar, avx2, avx512; using " + kNames[choice.best];
-  } else if (level > choice.best) {
-    choice.note = "MIMO_ISA=" + wished + " is more than this CPU has; using " + kNames[choice.best];
+    choice.note = "MIMO_ISA=" + wished + " is none of scalar, avx2, avx_vnni, avx512, amx; using " + kNames[best];
+  } else if ((found >> level & 1U) == 0) {
+    choice.note = "MIMO_ISA=" + wished + " is more than this CPU has; using " + kNames[best];
   } else {
     choice.used = static_cast<Level>(level);
   }
@@ -98,8 +134,12 @@ const Choice &chosen() {
 
 const mimo_table *table_of(Level level) noexcept {
   switch (level) {
+    case kAmx:
+      return amx_table();
     case kAvx512:
       return avx512_table();
+    case kAvxVnni:
+      return avx_vnni_table();
     case kAvx2:
       return avx2_table();
     default:
@@ -119,7 +159,7 @@ const mimo_table *mimo_get_table(const char *name) noexcept {
     const mimo::Choice &choice = mimo::chosen();
     if (name == nullptr) return mimo::table_of(choice.used);
     const int level = mimo::level_of(name);
-    if (level < 0 || level > choice.best) return nullptr;
+    if (level < 0 || (choice.found >> level & 1U) == 0) return nullptr;
     return mimo::table_of(static_cast<mimo::Level>(level));
   } catch (...) {
     return nullptr;

@@ -4,6 +4,7 @@
 #ifndef MIMO_INTERNAL_H
 #define MIMO_INTERNAL_H
 
+#include <cstddef>
 #include <cstdint>
 
 #include "mimo.h"
@@ -33,19 +34,42 @@ inline constexpr float kNf4[16] = {
     1.0F,
 };
 
-// Rows [n0, n1) of W times all T rows of x. `x` is the prepared copy made by entries.cpp: row pitch `pitch`, zeros from
-// K up to the pitch; for NF4 the even columns of every 32 come first, then the odd ones (the order nibbles unpack in).
-struct MatmulJob {
-  const float *x;
-  std::int64_t pitch;
+// ---- products -------------------------------------------------------------------------------------------------------
+// Two ways to multiply. Rows (decode.inc): 1..kExactRows rows of x at a time, each prepared alone into a block of its
+// own, weights used as they are stored. Panels (panels.inc): many rows of x prepared together, weights unpacked once.
+
+inline constexpr std::int64_t kExactRows = MIMO_EXACT_ROWS;
+inline constexpr std::int64_t kPanelGrain = 64;  // rows of W that panels are handed out in
+
+// y[t][n] = x[t] . W[n] for n in [n0, n1), t < T <= kExactRows; x[t] as prepare_row made it.
+struct RowsJob {
+  const mimo_matrix *w;
   std::int64_t T;
-  const void *codes;
-  const void *scales;
-  std::int64_t N;
-  std::int64_t K;
+  const void *const *x;
+  float *const *y;
+};
+using RowBytes = std::int64_t (*)(std::int64_t format, std::int64_t K) noexcept;  // a multiple of 64
+using PrepareRow = void (*)(std::int64_t format, const float *x, std::int64_t K, void *out) noexcept;  // out: 64-aligned
+using MultiplyRows = void (*)(const RowsJob &, std::int64_t n0, std::int64_t n1) noexcept;
+
+// y[t * ldy + n] = x[t] . W[n] for n in [n0, n1), t < T; x as prepare_panels made it. n0 % kPanelGrain == 0.
+struct PanelsJob {
+  const mimo_matrix *w;
+  std::int64_t T;
+  const void *x;
   float *y;
   std::int64_t ldy;
 };
+// Fewest rows of x from which panels are the faster way, > kExactRows; a huge number where they never are.
+using PanelsFrom = std::int64_t (*)(std::int64_t format) noexcept;
+using PanelsBytes = std::int64_t (*)(std::int64_t format, std::int64_t T, std::int64_t K) noexcept;
+// Prepares rows [t0, t1) of T, t0 % 16 == 0 and t1 % 16 == 0 or == T; row t of x is x + (index ? index[t] : t) * ldx.
+using PreparePanels = void (*)(std::int64_t format, const float *x, std::int64_t ldx, const std::int32_t *index,
+                               std::int64_t T, std::int64_t K, std::int64_t t0, std::int64_t t1, void *out) noexcept;
+using PanelsScratch = std::int64_t (*)(std::int64_t format, std::int64_t K) noexcept;  // bytes one worker needs
+using MultiplyPanels = void (*)(const PanelsJob &, std::int64_t n0, std::int64_t n1, void *scratch) noexcept;
+
+// ---- quantisers -----------------------------------------------------------------------------------------------------
 
 struct QuantizeJob {
   const float *w;
@@ -68,31 +92,66 @@ struct DequantizeJob {
   float *out;
 };
 
-using MatmulRows = void (*)(const MatmulJob &, std::int64_t n0, std::int64_t n1) noexcept;
 using QuantizeRows = QuantizeResult (*)(const QuantizeJob &, std::int64_t n0, std::int64_t n1) noexcept;
 using DequantizeRows = void (*)(const DequantizeJob &, std::int64_t n0, std::int64_t n1) noexcept;
+
+// ---- tables ---------------------------------------------------------------------------------------------------------
 
 // Each returns its table, or nullptr where the file was compiled for another architecture.
 const mimo_table *scalar_table() noexcept;
 const mimo_table *avx2_table() noexcept;
+const mimo_table *avx_vnni_table() noexcept;
 const mimo_table *avx512_table() noexcept;
+const mimo_table *amx_table() noexcept;
 
-// Threads this process may keep busy, from files under `root` ("" in production): see pool.cpp.
+// ---- what the entries share: checks.cpp -----------------------------------------------------------------------------
+
+bool usable(const void *p, std::size_t alignment) noexcept;  // neither null nor misaligned
+// A matrix of rows x columns elements that exists in memory: sizes not negative, columns > 0, product in range.
+bool sensible(std::int64_t rows, std::int64_t columns) noexcept;
+// T rows of `columns` floats with a pitch: all of the above, and the pitch holds a row.
+bool sensible_rows(const float *p, std::int64_t pitch, std::int64_t T, std::int64_t columns) noexcept;
+// Known format, columns it can hold, pointers present and aligned.
+bool sensible_matrix(const mimo_matrix &w) noexcept;
+std::int64_t stored_row_bytes(std::int64_t format, std::int64_t cols) noexcept;  // codes and scales of one row
+
+// Memory of the calling thread that lives until the thread ends, so that a decode step allocates nothing. One block per
+// slot; asking again with more bytes loses the old content. 64-aligned. Throws std::bad_alloc.
+enum Slot : int { kSlotX = 0, kSlotHidden, kSlotOut, kSlotBlock, kSlotQkv, kSlotAttend, kSlots };
+void *scratch(Slot slot, std::int64_t bytes);
+
+// y = x W^T by whichever way is faster, arguments already checked: what mimo_matmul does. Throws std::bad_alloc.
+void multiply(const mimo_table &table, const mimo_matrix &w, const float *x, std::int64_t ldx, std::int64_t T, float *y,
+              std::int64_t ldy);
+
+// ---- threads: pool.cpp ----------------------------------------------------------------------------------------------
+
+// Threads this process may keep busy, from files under `root` ("" in production).
 int cgroup_cpu_limit(const char *root) noexcept;
 int usable_cores() noexcept;
 
-using Range = void (*)(void *context, std::int64_t begin, std::int64_t end) noexcept;
+// `memory`: the block of this worker, of the size parallel_for was asked for, 64-aligned; content as others left it.
+using Range = void (*)(void *context, std::int64_t begin, std::int64_t end, void *memory) noexcept;
 
 // Calls fn on [0, n) cut into pieces of `grain` (the last may be shorter), on up to mimo_threads() threads at once.
-void parallel_for(std::int64_t n, std::int64_t grain, Range fn, void *context);
+// May be called from inside no fn. Throws std::bad_alloc if there is no memory for the workers.
+void parallel_for(std::int64_t n, std::int64_t grain, Range fn, void *context, std::int64_t memory_bytes = 0);
 
 }  // namespace mimo
 
 struct mimo_table {
   const char *name;
-  mimo::MatmulRows nf4_matmul;
-  mimo::MatmulRows int8_matmul;
-  mimo::MatmulRows bf16_matmul;
+  // decode.inc
+  mimo::RowBytes row_bytes;
+  mimo::PrepareRow prepare_row;
+  mimo::MultiplyRows multiply_rows;
+  // panels.inc
+  mimo::PanelsFrom panels_from;
+  mimo::PanelsBytes panels_bytes;
+  mimo::PreparePanels prepare_panels;
+  mimo::PanelsScratch panels_scratch;
+  mimo::MultiplyPanels multiply_panels;
+  // quantize.inc
   mimo::QuantizeRows nf4_quantize;
   mimo::QuantizeRows int8_quantize;
   mimo::DequantizeRows nf4_dequantize;

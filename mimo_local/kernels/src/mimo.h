@@ -10,9 +10,10 @@
  *   Threads     Any thread may call at any time; calls that use the pool take turns. A call returns when its work is
  *               done. Usable in a child after fork(): the child starts its own threads when it first needs them.
  *   Errors      Negative status, and the outputs are then unspecified. No C++ exception leaves the library.
- *   Results     A bit of an output depends on the inputs of its own row only: not on the instruction set, the number of
- *               threads, T, or the rows that ride along. (Which NaN appears, if one does, is not specified.)
- *               The order of operations that makes it so is written down in generic.inc.
+ *   Results     A bit of an output depends on the inputs of its own row only: not on the number of threads, nor, in a
+ *               step of up to MIMO_EXACT_ROWS rows, on T or the rows that ride along or the instruction set. Longer
+ *               steps may take another path (mimo_matmul). The order of operations that makes it so is written down
+ *               in the .inc files. (Which NaN appears, if one does, is not specified.)
  */
 #ifndef MIMO_H
 #define MIMO_H
@@ -34,7 +35,7 @@ extern "C" {
 #endif
 
 /* Raise with every change of this file that an older caller could notice. */
-#define MIMO_ABI_VERSION 1
+#define MIMO_ABI_VERSION 2
 
 enum mimo_status {
   MIMO_OK = 0,
@@ -50,7 +51,7 @@ typedef struct mimo_table mimo_table;
 
 MIMO_API int32_t mimo_abi_version(void) MIMO_NOEXCEPT;
 
-/* The table for `name` ("scalar", "avx2", "avx512"), or NULL if this CPU or its operating system cannot run it.
+/* The table for `name` ("scalar", "avx2", "avx_vnni", "avx512", "amx"), or NULL if this CPU or its operating system cannot run it.
  * NULL as name: the best one, lowered by the environment variable MIMO_ISA as it was when first asked. */
 MIMO_API const mimo_table *mimo_get_table(const char *name) MIMO_NOEXCEPT;
 MIMO_API const char *mimo_table_name(const mimo_table *table) MIMO_NOEXCEPT;
@@ -64,33 +65,147 @@ MIMO_API int32_t mimo_default_threads(void) MIMO_NOEXCEPT;
 /* 1..256; waits for running calls. */
 MIMO_API int32_t mimo_set_threads(int32_t n) MIMO_NOEXCEPT;
 
-/* y[t*ldy + n] = sum_k x[t*ldx + k] * W[n, k], t < T, n < N, k < K; x and y float32, ldx >= K, ldy >= N (elements).
- * T and N may be 0. All in float32 with fused multiply-add.
- *
- * NF4   K % 64 == 0. codes (N, K/2) bytes: element 2i of a row in the HIGH nibble of byte i. scales (N, K/64) fp16.
- *       W[n, k] = nf4[code] * scales[n, k / 64], nf4 = the 16 float32 values of bitsandbytes.
- * INT8  codes (N, K) int8, scales (N) float32. W[n, k] = codes[n, k] * scales[n].
- * BF16  weight (N, K) bfloat16. */
-MIMO_API int32_t mimo_nf4_matmul(const mimo_table *table, const float *x, int64_t ldx, int64_t T, const uint8_t *codes,
-                                 const uint16_t *scales, int64_t N, int64_t K, float *y, int64_t ldy) MIMO_NOEXCEPT;
-MIMO_API int32_t mimo_int8_matmul(const mimo_table *table, const float *x, int64_t ldx, int64_t T, const int8_t *codes,
-                                  const float *scales, int64_t N, int64_t K, float *y, int64_t ldy) MIMO_NOEXCEPT;
-MIMO_API int32_t mimo_bf16_matmul(const mimo_table *table, const float *x, int64_t ldx, int64_t T,
-                                  const uint16_t *weight, int64_t N, int64_t K, float *y, int64_t ldy) MIMO_NOEXCEPT;
+/* Rows of a step up to which every row is computed as if it were alone. */
+#define MIMO_EXACT_ROWS 8
 
-/* w (N, K) float32, contiguous -> codes and scales as above. search == 0: scale from the largest magnitude.
- * search != 0: of several scales around it the one with the least squared error, per block (NF4) or row (INT8);
- * never worse than search == 0. Blocks of zeros get scale 0. info: see mimo_status; may be NULL. */
-MIMO_API int32_t mimo_nf4_quantize(const mimo_table *table, const float *w, int64_t N, int64_t K, uint8_t *codes,
-                                   uint16_t *scales, int32_t search, int64_t *info) MIMO_NOEXCEPT;
-MIMO_API int32_t mimo_int8_quantize(const mimo_table *table, const float *w, int64_t N, int64_t K, int8_t *codes,
-                                    float *scales, int32_t search, int64_t *info) MIMO_NOEXCEPT;
+enum mimo_format {
+  MIMO_NF4 = 0,   /* cols % 64 == 0. codes (rows, cols/2) bytes: element 2i of a row in the HIGH nibble of byte i.
+                     scales (rows, cols/64) fp16. W[n, k] = nf4[code] * scales[n, k / 64]: bitsandbytes' 16 values */
+  MIMO_MXFP4 = 1, /* cols % 64 == 0. codes as NF4, an E2M1 value each. scales (rows, cols/32) bytes, E8M0:
+                     W[n, k] = e2m1[code] * 2^(scales[n, k / 32] - 127); 255 is NaN */
+  MIMO_INT8 = 2,  /* codes (rows, cols) int8, scales (rows) float32. W[n, k] = codes[n, k] * scales[n] */
+  MIMO_BF16 = 3,  /* codes (rows, cols) bfloat16, no scales */
+  MIMO_F32 = 4    /* codes (rows, cols) float32, no scales */
+};
 
-/* codes and scales as above -> out (N, K) float32, contiguous. */
-MIMO_API int32_t mimo_nf4_dequantize(const mimo_table *table, const uint8_t *codes, const uint16_t *scales, int64_t N,
-                                     int64_t K, float *out) MIMO_NOEXCEPT;
-MIMO_API int32_t mimo_int8_dequantize(const mimo_table *table, const int8_t *codes, const float *scales, int64_t N,
-                                      int64_t K, float *out) MIMO_NOEXCEPT;
+/* A stored matrix W (rows, cols), contiguous. */
+typedef struct mimo_matrix {
+  const void *codes;
+  const void *scales; /* NULL where the format has none */
+  int64_t rows;
+  int64_t cols;
+  int64_t format; /* enum mimo_format */
+} mimo_matrix;
+
+/* y[t*ldy + n] = sum_k x[t*ldx + k] * W[n, k], t < T, n < rows, k < cols; x and y float32, ldx >= cols, ldy >= rows
+ * (elements). T and rows may be 0. BF16 and F32 are multiplied in float32. NF4, MXFP4 and INT8 meet x rounded to int8
+ * with one scale per 64 columns (decode.inc); from a number of rows on that depends on the instruction set, never
+ * below MIMO_EXACT_ROWS + 1, weights are unpacked once for all rows (panels.inc states the rounding). */
+MIMO_API int32_t mimo_matmul(const mimo_table *table, const mimo_matrix *w, const float *x, int64_t ldx, int64_t T,
+                             float *y, int64_t ldy) MIMO_NOEXCEPT;
+
+/* down(silu(gate x) * up x): gate and up (I, D), down (D, I). */
+typedef struct mimo_mlp {
+  mimo_matrix gate;
+  mimo_matrix up;
+  mimo_matrix down;
+} mimo_mlp;
+
+/* y[t] (+)= sum_j weights[t*K + j] * mlp[ids[t*K + j]](x[t]), x (T, D) and y (T, D) float32 with row pitches ldx, ldy.
+ * ids (T, K) int32: -1 leaves the entry out, others < n_mlps and no id twice in a row. weights NULL: all 1. All mlps
+ * have the shapes of the first one that is used. A row adds its experts in ascending order of id.
+ * accumulate != 0 adds to y, else y is overwritten. Every expert's weights are read once per call (per wave of rows in
+ * a very long one). */
+MIMO_API int32_t mimo_moe(const mimo_table *table, const mimo_mlp *mlps, int64_t n_mlps, const float *x, int64_t ldx,
+                          int64_t T, const int32_t *ids, const float *weights, int64_t K, float *y, int64_t ldy,
+                          int32_t accumulate) MIMO_NOEXCEPT;
+
+/* Which experts a row goes to (sigmoid scores, an election bias, optional groups). */
+typedef struct mimo_router {
+  const float *weight; /* (E, D) */
+  const float *bias;   /* (E): takes part in the election only */
+  int64_t E;
+  int64_t D;
+  int64_t K;           /* chosen per row */
+  int64_t n_group;     /* E % n_group == 0; 1: no groups */
+  int64_t topk_group;
+  int64_t norm;        /* != 0: the K weights are divided by their sum + 1e-20 */
+  float scale;         /* and then multiplied by this */
+  float reserved;
+} mimo_router;
+
+/* x (T, D) -> ids (T, K) int32 in ascending order, weights (T, K). */
+MIMO_API int32_t mimo_route(const mimo_table *table, const mimo_router *router, const float *x, int64_t ldx, int64_t T,
+                            int32_t *ids, float *weights) MIMO_NOEXCEPT;
+
+/* Keys and values of one sequence in one layer: row s is position first + s. k rows (G, dk), v rows (G, dv) of float32
+ * or bfloat16. */
+typedef struct mimo_kv {
+  void *k;
+  void *v;
+  int64_t first;
+  int64_t start; /* position of this step's first row of the sequence, start >= first */
+  int64_t T;     /* its number of rows in this step: positions start .. start + T, already in k and v */
+} mimo_kv;
+
+typedef struct mimo_heads {
+  int64_t heads;    /* query heads H, H % G == 0: query head a uses key/value head a / (H / G) */
+  int64_t kv_heads; /* G */
+  int64_t dk;
+  int64_t dv;
+  int64_t window;    /* a query sees the last `window` positions, its own included; 0: all */
+  const float *sink; /* (H) logits that join the denominator, or NULL */
+  int64_t kv_bf16;   /* != 0: k and v are bfloat16, else float32 */
+} mimo_heads;
+
+/* Causal attention: q (T, H, dk) float32 with row pitch ldq -> out (T, H, dv) with row pitch ldo; scores are scaled by
+ * dk^-0.5; softmax in float32. T = sum of the sequences' T, their rows follow each other. */
+MIMO_API int32_t mimo_attend(const mimo_table *table, const mimo_heads *heads, const float *q, int64_t ldq,
+                             const mimo_kv *sequences, int64_t n_sequences, float *out, int64_t ldo) MIMO_NOEXCEPT;
+
+/* y[t] = weight * x[t] / sqrt(mean(x[t]^2) + eps), x (T, D), weight (D). y may be x. */
+MIMO_API int32_t mimo_rms_norm(const mimo_table *table, const float *x, int64_t ldx, int64_t T, int64_t D,
+                               const float *weight, float eps, float *y, int64_t ldy) MIMO_NOEXCEPT;
+
+/* One attention block: x[t] += out(attend(rope(qkv(rms_norm(x[t]))))). The new rows' keys and values are written into
+ * the sequences' k and v, from row start - first on. */
+typedef struct mimo_attention_block {
+  mimo_heads heads;
+  mimo_matrix qkv;   /* (H*dk + G*dk + G*dv, D) */
+  mimo_matrix out;   /* (D, H*dv) */
+  const float *norm; /* (D) */
+  float eps;
+  float value_scale; /* the values are multiplied by it */
+  int64_t rotary;    /* leading dims of a head that are rotated: dim i with i + rotary/2 */
+} mimo_attention_block;
+
+/* x (T, D) float32, contiguous, in place. cos, sin (T, rotary) of the rows' positions, sin's first half negated. delta
+ * != NULL (T, D): the block's output goes there and x stays. */
+MIMO_API int32_t mimo_attention(const mimo_table *table, const mimo_attention_block *block, float *x, int64_t T,
+                                const float *cos, const float *sin, const mimo_kv *sequences, int64_t n_sequences,
+                                float *delta) MIMO_NOEXCEPT;
+
+/* One mixture or dense block: x[t] += moe(rms_norm(x[t])). router NULL: mlps[0] for every row. */
+typedef struct mimo_mlp_block {
+  const float *norm; /* (D) */
+  const mimo_mlp *mlps;
+  int64_t n_mlps;
+  const mimo_router *router;
+  float eps;
+  float reserved;
+} mimo_mlp_block;
+
+/* As mimo_attention. */
+MIMO_API int32_t mimo_mixture(const mimo_table *table, const mimo_mlp_block *block, float *x, int64_t T,
+                              float *delta) MIMO_NOEXCEPT;
+
+/* w (N, K) float32, contiguous -> codes and scales of a NF4, MXFP4 or INT8 matrix. search == 0: scale from the largest
+ * magnitude. search != 0: of several scales around it the one with the least squared error, per block or row; never
+ * worse than search == 0. Blocks of zeros get scale 0 (MXFP4: 2^-127). info: see mimo_status; may be NULL. */
+MIMO_API int32_t mimo_quantize(const mimo_table *table, int64_t format, const float *w, int64_t N, int64_t K,
+                               void *codes, void *scales, int32_t search, int64_t *info) MIMO_NOEXCEPT;
+
+/* W -> out (rows, cols) float32, contiguous. */
+MIMO_API int32_t mimo_dequantize(const mimo_table *table, const mimo_matrix *w, float *out) MIMO_NOEXCEPT;
+
+/* What this machine can do, for `mimo bench`; both use all of the pool's threads.
+ * Reads n bytes once, each thread its share in `streams` interleaved streams with prefetch; *seconds: the time taken. */
+MIMO_API int32_t mimo_read_limit(const mimo_table *table, const void *data, int64_t n, int64_t streams,
+                                 double *seconds) MIMO_NOEXCEPT;
+/* The fastest multiply-add of this table's products, from registers only, for about that long. *operations: two per
+ * multiply-add. */
+MIMO_API int32_t mimo_product_limit(const mimo_table *table, int64_t milliseconds, double *operations,
+                                    double *seconds) MIMO_NOEXCEPT;
 
 /* CRC-32 of zlib and gzip (reflected 0x04C11DB7). seed: 0, or the value of the bytes before. On the caller alone. */
 MIMO_API uint32_t mimo_crc32(const void *data, size_t n, uint32_t seed) MIMO_NOEXCEPT;

@@ -17,6 +17,7 @@
 #include <fstream>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <set>
 #include <sstream>
 #include <string>
@@ -137,9 +138,10 @@ class Pool {
  public:
   explicit Pool(int threads) noexcept : threads_(threads) {}
 
-  void run(std::int64_t n, std::int64_t grain, Range fn, void *context) {
+  void run(std::int64_t n, std::int64_t grain, Range fn, void *context, std::int64_t memory_bytes) {
     const std::lock_guard<std::mutex> turn(turn_);
     if (!started_) start();
+    if (memory_bytes > 0) reserve(memory_bytes);
     fn_ = fn;
     context_ = context;
     n_ = n;
@@ -149,7 +151,7 @@ class Pool {
     state_.store(((before & kTurns) + kTurn) | kOpen, std::memory_order_seq_cst);
     turns_.fetch_add(1, std::memory_order_seq_cst);
     turns_.notify_all();
-    work();
+    work(0);
     std::uint32_t state = state_.fetch_and(~kOpen, std::memory_order_acq_rel) & ~kOpen;
     for (int i = 0; (state & kInside) != 0; ++i) {
       if (i < kSpins) {
@@ -179,12 +181,27 @@ class Pool {
   static constexpr std::uint32_t kTurn = 0x10000;   // number of the job, wrapping
   static constexpr std::uint32_t kTurns = 0xFFFF0000;
 
-  void work() noexcept {
+  // Memory for every worker, kept for the next job.
+  void reserve(std::int64_t bytes) {
+    const std::int64_t each = (bytes + 4095) / 4096 * 4096;
+    const std::size_t whole = static_cast<std::size_t>(each) * static_cast<std::size_t>(threads_.load());
+    if (whole > memory_size_) {
+      std::free(memory_);
+      memory_size_ = 0;
+      memory_ = static_cast<unsigned char *>(std::aligned_alloc(4096, whole));
+      if (memory_ == nullptr) throw std::bad_alloc();
+      memory_size_ = whole;
+    }
+    memory_each_ = each;
+  }
+
+  void work(int worker) noexcept {
     const PlainFloats plain;
+    void *memory = memory_ + worker * memory_each_;
     for (;;) {
       const std::int64_t begin = next_.fetch_add(grain_, std::memory_order_relaxed);
       if (begin >= n_) return;
-      fn_(context_, begin, std::min(n_, begin + grain_));
+      fn_(context_, begin, std::min(n_, begin + grain_), memory);
     }
   }
 
@@ -201,14 +218,14 @@ class Pool {
     if ((before & kOpen) == 0 && (before & kInside) == 1) state_.notify_one();
   }
 
-  void serve(std::uint32_t seen) noexcept {
+  void serve(int worker, std::uint32_t seen) noexcept {
     for (;;) {
       for (int i = 0; i < kSpins && turns_.load(std::memory_order_acquire) == seen; ++i) pause();
       turns_.wait(seen, std::memory_order_acquire);
       seen = turns_.load(std::memory_order_acquire);
       if (stopping_.load(std::memory_order_acquire)) return;
       if (enter()) {
-        work();
+        work(worker);
         leave();
       }
     }
@@ -229,7 +246,7 @@ class Pool {
       const std::vector<int> homes = pinned_homes(wanted + 1);
       const std::uint32_t seen = turns_.load(std::memory_order_relaxed);
       for (int i = 0; i < wanted; ++i) {
-        workers_.emplace_back([this, seen] { serve(seen); });
+        workers_.emplace_back([this, i, seen] { serve(i + 1, seen); });
         const std::string name = "mimo-kernel-" + std::to_string(i + 1);
         pthread_setname_np(workers_.back().native_handle(), name.substr(0, 15).c_str());
         if (!homes.empty()) pin(workers_.back(), homes[static_cast<std::size_t>(i) + 1]);
@@ -276,6 +293,9 @@ class Pool {
   void *context_ = nullptr;
   std::int64_t n_ = 0;
   std::int64_t grain_ = 1;
+  unsigned char *memory_ = nullptr;
+  std::size_t memory_size_ = 0;
+  std::int64_t memory_each_ = 0;
   alignas(64) std::atomic<std::int64_t> next_{0};
   alignas(64) std::atomic<std::uint32_t> state_{0};
   alignas(64) std::atomic<std::uint32_t> turns_{0};
@@ -332,13 +352,14 @@ int usable_cores() noexcept {
   }
 }
 
-void parallel_for(std::int64_t n, std::int64_t grain, Range fn, void *context) {
-  if (n <= grain || mimo_threads() <= 1) {
+void parallel_for(std::int64_t n, std::int64_t grain, Range fn, void *context, std::int64_t memory_bytes) {
+  if (n <= 0) return;
+  if (memory_bytes == 0 && (n <= grain || mimo_threads() <= 1)) {
     const PlainFloats plain;
-    if (n > 0) fn(context, 0, n);
+    fn(context, 0, n, nullptr);
     return;
   }
-  pool().run(n, grain, fn, context);
+  pool().run(n, grain, fn, context, memory_bytes);
 }
 
 }  // namespace mimo

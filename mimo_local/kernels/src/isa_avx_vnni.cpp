@@ -1,0 +1,52 @@
+// 256-bit tables for x86-64 CPUs with AVX-VNNI beside AVX2 (Alder Lake, Zen 5 and their servers): a dot product of bytes
+// in one instruction. With MIMO_EMULATION that instruction is plain loops, so that tests can run it on any AVX2 CPU.
+#include <cstdint>
+
+#include "internal.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+// From here on, and only here, the compiler may use these instructions. No header may be included below this line
+// except generic.inc, whose code lives in the unnamed namespace.
+#if defined(__clang__) && defined(MIMO_EMULATION)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#elif defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avxvnni"))), apply_to = function)
+#elif defined(MIMO_EMULATION)
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,avxvnni")
+#endif
+
+namespace mimo {
+namespace {
+namespace avx_vnni {
+
+constexpr const char *kName = "avx_vnni";
+
+#include "ops_avx2.inc"
+#include "generic.inc"
+
+}  // namespace avx_vnni
+}  // namespace
+
+const mimo_table *avx_vnni_table() noexcept { return &avx_vnni::kTable; }
+
+}  // namespace mimo
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#else
+
+namespace mimo {
+const mimo_table *avx_vnni_table() noexcept { return nullptr; }
+}  // namespace mimo
+
+#endif

@@ -1,0 +1,80 @@
+// Threads, callers in parallel, fork.
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cfenv>
+#include <thread>
+
+#include "check.h"
+
+namespace {
+
+// The same bits with 1 to 5 threads, with callers in parallel, and whatever the caller's rounding mode is.
+MIMO_CHECK(threads) {
+  const std::int64_t N = 700;
+  const std::int64_t K = 1024;
+  const std::int64_t T = 2;
+  Exact<float> x = normal(size(T * K), 1);
+  Exact<std::uint8_t> codes = bits<std::uint8_t>(size(N * K / 2), 2);
+  Exact<std::uint16_t> scales = half_scales(size(N * K / 64), 3);
+  const mimo_matrix w = matrix(MIMO_NF4, codes.get(), scales.get(), N, K);
+  const mimo_table *table = mimo_get_table(nullptr);
+  const auto product = [&] {
+    Exact<float> y(size(T * N));
+    REQUIRE(mimo_matmul(table, &w, x.get(), K, T, y.get(), N) == MIMO_OK, "status");
+    return y;
+  };
+  REQUIRE(mimo_set_threads(0) == MIMO_E_ARGUMENT && mimo_set_threads(257) == MIMO_E_ARGUMENT, "limits");
+  REQUIRE(mimo_set_threads(1) == MIMO_OK, "1");
+  const Exact<float> expected = product();
+  for (const int threads : {2, 3, 5, 1, 4}) {
+    REQUIRE(mimo_set_threads(threads) == MIMO_OK && mimo_threads() == threads, "%d", threads);
+    for (int i = 0; i < 20; ++i) REQUIRE(product() == expected, "%d threads", threads);
+  }
+  std::vector<std::thread> callers;
+  std::atomic<int> wrong{0};
+  for (int i = 0; i < 4; ++i) {
+    callers.emplace_back([&, i] {
+      for (int j = 0; j < 20; ++j) wrong += product() == expected ? 0 : 1;
+      if (i == 0) mimo_set_threads(2);
+    });
+  }
+  for (std::thread &caller : callers) caller.join();
+  REQUIRE(wrong == 0, "%d of 80 concurrent calls differ", wrong.load());
+  std::fesetround(FE_UPWARD);
+  const Exact<float> upward = product();
+  REQUIRE(std::fegetround() == FE_UPWARD, "the caller's rounding mode is given back");
+  std::fesetround(FE_TONEAREST);
+  REQUIRE(upward == expected, "rounding mode leaks into the result");
+}
+
+// Without sanitizers' thread bookkeeping in the way: plain fork, the child multiplies with its own threads.
+MIMO_CHECK(fork) {
+  const std::int64_t N = 700;
+  const std::int64_t K = 1024;
+  Exact<float> x = normal(size(K), 1);
+  Exact<std::int8_t> codes = bits<std::int8_t>(size(N * K), 2);
+  Exact<float> scales = normal(size(N), 3);
+  const auto product = [&] {
+    Exact<float> y(size(N));
+    const mimo_matrix w = matrix(MIMO_INT8, codes.get(), scales.get(), N, K);
+    mimo_matmul(mimo_get_table(nullptr), &w, x.get(), K, 1, y.get(), N);
+    return y;
+  };
+  mimo_set_threads(3);
+  const Exact<float> expected = product();
+  for (int i = 0; i < 3; ++i) {
+    const pid_t child = fork();
+    if (child == 0) {
+      bool same = mimo_threads() == 3;
+      for (int j = 0; j < 5; ++j) same = same && product() == expected;
+      _exit(same ? 0 : 1);
+    }
+    int status = -1;
+    REQUIRE(waitpid(child, &status, 0) == child && WIFEXITED(status) && WEXITSTATUS(status) == 0, "child %d", status);
+    REQUIRE(product() == expected, "parent after fork");
+  }
+}
+
+}  // namespace
