@@ -22,6 +22,7 @@ sys.path.insert(0, str(BENCH))
 import engine_worker  # noqa: E402
 import llamacpp_build  # noqa: E402
 import llamacpp_slice  # noqa: E402
+import paired  # noqa: E402
 import vs_llamacpp as vs  # noqa: E402
 
 from mimo_local.errors import MimoError, UsageError  # noqa: E402
@@ -177,11 +178,11 @@ class FakeWorker:
 
 def test_engines_are_asked_in_turn_and_the_order_alternates() -> None:
     log: list[tuple[str, str, int]] = []
-    workers = {vs.THEIRS: FakeWorker("B", 30.0, log), vs.OURS: FakeWorker("A", 10.0, log)}
-    row = vs.measure(workers, vs.Case("pp", 128), threads=2, rounds=4)
+    workers = {paired.THEIRS: FakeWorker("B", 30.0, log), paired.OURS: FakeWorker("A", 10.0, log)}
+    row = paired.measure(workers, paired.Case("pp", 128), threads=2, rounds=4)
     timed = [name for name, op, _ in log if op == "prefill"]
     assert timed == ["B", "A", "B", "A", "A", "B", "B", "A", "A", "B"]  # first two: warm-up
-    assert row.samples[vs.OURS] == [20.0, 30.0, 40.0, 50.0]
+    assert row.samples[paired.OURS] == [20.0, 30.0, 40.0, 50.0]
     assert row.ratios == pytest.approx([3.0] * 4)  # pairs: the drift cancels
     assert row.to_dict()["ratio"] == {"median": 3.0, "min": 3.0, "max": 3.0}
     assert ("A", "threads", 2) in log and not [x for x in log if x[1] == "fill"]
@@ -189,13 +190,13 @@ def test_engines_are_asked_in_turn_and_the_order_alternates() -> None:
 
 def test_decode_starts_at_its_depth_and_leaves_out_the_first_token() -> None:
     log: list[tuple[str, str, int]] = []
-    workers = {vs.OURS: FakeWorker("A", 5.0, log)}
-    row = vs.measure(workers, vs.Case("tg", 8, 2048), threads=1, rounds=2)
+    workers = {paired.OURS: FakeWorker("A", 5.0, log)}
+    row = paired.measure(workers, paired.Case("tg", 8, 2048), threads=1, rounds=2)
     assert log[:3] == [("A", "threads", 1), ("A", "fill", 2048), ("A", "decode", 9)]
-    assert row.samples[vs.OURS] == [10.0, 15.0]  # never the 1e6 of the first
+    assert row.samples[paired.OURS] == [10.0, 15.0]  # never the 1e6 of the first
     assert row.ratios == [] and "ratio" not in row.to_dict()
-    assert row.to_dict()["engines"][vs.OURS]["tok_s"] == 80.0
-    assert "tg8 @ d2048" in vs.table_line(row)
+    assert row.to_dict()["engines"][paired.OURS]["tok_s"] == 80.0
+    assert "tg8 @ d2048" in paired.table_line(row)
 
 
 @given(
@@ -203,19 +204,19 @@ def test_decode_starts_at_its_depth_and_leaves_out_the_first_token() -> None:
     factor=st.floats(0.1, 10.0),
 )
 def test_the_ratio_is_the_median_of_pairs(theirs: list[float], factor: float) -> None:
-    samples = {vs.THEIRS: theirs, vs.OURS: [x / factor for x in theirs]}
-    row = vs.Row(vs.Case("pp", 4), 1, samples)
+    samples = {paired.THEIRS: theirs, paired.OURS: [x / factor for x in theirs]}
+    row = paired.Row(paired.Case("pp", 4), 1, samples)
     assert row.ratios == pytest.approx([factor] * len(theirs))
     assert row.to_dict()["ratio"]["median"] == pytest.approx(factor, abs=6e-4)
 
 
 def test_a_layer_costs_the_difference_of_two_slices() -> None:
-    case = vs.Case("pp", 512)
-    two = [vs.Row(case, 2, {vs.THEIRS: [100.0], vs.OURS: [50.0]})]
-    four = [vs.Row(case, 2, {vs.THEIRS: [300.0], vs.OURS: [100.0]})]
-    (cost,) = vs.layer_cost(two, four, 2)
-    assert cost["ms"] == {vs.THEIRS: 100.0, vs.OURS: 25.0} and cost["ratio"] == 4.0
-    (nothing,) = vs.layer_cost(four, two, 1)  # noise larger than the layer: no ratio to tell
+    case = paired.Case("pp", 512)
+    two = [paired.Row(case, 2, {paired.THEIRS: [100.0], paired.OURS: [50.0]})]
+    four = [paired.Row(case, 2, {paired.THEIRS: [300.0], paired.OURS: [100.0]})]
+    (cost,) = paired.layer_cost(two, four, 2)
+    assert cost["ms"] == {paired.THEIRS: 100.0, paired.OURS: 25.0} and cost["ratio"] == 4.0
+    (nothing,) = paired.layer_cost(four, two, 1)  # noise larger than the layer: no ratio to tell
     assert "ratio" not in nothing
 
 
@@ -228,14 +229,14 @@ def test_the_context_holds_every_case(
 ) -> None:
     if not any(prompts + generate + verify):
         with pytest.raises(UsageError):
-            vs.plan_cases(prompts, generate, verify, [depth])
+            paired.plan_cases(prompts, generate, verify, [depth])
         return
-    cases = vs.plan_cases(prompts, generate, verify, [depth])
-    context = vs.context_for(cases, rounds)
+    cases = paired.plan_cases(prompts, generate, verify, [depth])
+    context = paired.context_for(cases, rounds)
     log: list[tuple[str, str, int]] = []
     for case in cases:
         log.clear()
-        vs.measure({vs.OURS: FakeWorker("A", 1.0, log)}, case, threads=1, rounds=rounds)
+        paired.measure({paired.OURS: FakeWorker("A", 1.0, log)}, case, threads=1, rounds=rounds)
         used = [n for _, op, n in log if op != "threads"]
         assert (max if case.kind == "pp" else sum)(used) <= context
     assert context % 256 == 0
@@ -391,10 +392,12 @@ def test_an_error_is_told_with_its_hint(
 
 
 def test_the_last_line_is_one_document() -> None:
-    row = vs.Row(vs.Case("tg", 16), 2, {vs.THEIRS: [60.0, 62.0], vs.OURS: [40.0, 40.0]})
+    row = paired.Row(
+        paired.Case("tg", 16), 2, {paired.THEIRS: [60.0, 62.0], paired.OURS: [40.0, 40.0]}
+    )
     runs = [{"layers": 3, "experts": "q4_0", "rows": [row]}]
     found = json.loads(json.dumps(vs.document(vs.parse([]), runs)))
     (run,) = found["runs"]
     assert run["rows"][0]["test"] == "tg16"
-    assert run["rows"][0]["engines"][vs.THEIRS]["ms"] == 61.0
+    assert run["rows"][0]["engines"][paired.THEIRS]["ms"] == 61.0
     assert run["rows"][0]["ratio"] == {"median": 1.525, "min": 1.5, "max": 1.55}
