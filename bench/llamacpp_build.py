@@ -53,7 +53,7 @@ def ensure(venv: Path, *, jobs: int, say: Say) -> Path:
     if usable(venv):
         return python_of(venv)
     require_tools()
-    say(f"building llama.cpp into {venv}: about 10 core-minutes, once")
+    say(f"building llama.cpp into {venv}: 7 minutes on two cores, once")
     start = time.monotonic()
     venv.parent.mkdir(parents=True, exist_ok=True)
     log = venv.with_name(venv.name + ".log")

@@ -210,7 +210,7 @@ class Kernels:
             raise NativeError(f"the kernels could not switch to {n} threads", hint=_REPORT)
 
     def with_isa(self, isa: str) -> Kernels:
-        """The library bound to one of its tables ("avx2", ...); NativeError if this CPU lacks it."""
+        """The library bound to its table `isa`; NativeError if this CPU lacks it."""
         return Kernels(self._library, self.path, isa)
 
     @property
