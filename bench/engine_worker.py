@@ -206,7 +206,7 @@ class LlamaCpp:
         if not self.ctx:
             raise UsageError(f"llama.cpp has no context of {context}", hint="see the lines above")
         self.batch = self.lib.llama_batch_init(batch, 0, 1)
-        self.pool: ctypes.c_void_p | None = None
+        self.pools: dict[int, ctypes.c_void_p] = {}
         self.load_s, self.threads, self.position = 0.0, threads, 0
         vocab = self.lib.llama_model_get_vocab(self.model)
         self.vocab: int = self.lib.llama_vocab_n_tokens(vocab)
@@ -235,15 +235,14 @@ class LlamaCpp:
         three copies of each library, and a pool from another copy crashes.
         """
         ggml, params = self.lib.llama_cpp._lib, _ThreadpoolParams()
-        ggml.ggml_threadpool_params_init(ctypes.byref(params), ctypes.c_int(n))
-        ggml.ggml_threadpool_new.restype = ctypes.c_void_p
-        pool = ctypes.c_void_p(ggml.ggml_threadpool_new(ctypes.byref(params)))
+        if n not in self.pools:  # none is freed: the context pauses the old one when it changes
+            ggml.ggml_threadpool_params_init(ctypes.byref(params), ctypes.c_int(n))
+            ggml.ggml_threadpool_new.restype = ctypes.c_void_p
+            self.pools[n] = ctypes.c_void_p(ggml.ggml_threadpool_new(ctypes.byref(params)))
         context = ctypes.c_void_p(ctypes.cast(self.ctx, ctypes.c_void_p).value)
-        ggml.llama_attach_threadpool(context, pool, pool)
+        ggml.llama_attach_threadpool(context, self.pools[n], self.pools[n])
         self.lib.llama_set_n_threads(self.ctx, n, n)
-        if self.pool is not None:
-            ggml.ggml_threadpool_free(self.pool)
-        self.pool, self.threads = pool, n
+        self.threads = n
 
     def reset(self) -> None:
         """Empty the cache."""
