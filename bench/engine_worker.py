@@ -20,6 +20,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -33,6 +34,8 @@ if str(ROOT) not in sys.path:  # llama.cpp's Python does not have this project
 from mimo_local.errors import MimoError, UsageError  # noqa: E402  (standard library only)
 
 SEED = 20251217
+PATIENCE_S = 1800.0
+"""The longest a request may take: 8192 ids through a 4-layer slice take minutes on two cores."""
 
 
 class Engine(Protocol):
@@ -119,14 +122,13 @@ class Worker:
     """The parent's half: a child process that is stopped whenever it is not being asked."""
 
     def __init__(
-        self, name: str, command: Sequence[str], log: Path, env: dict[str, str] | None = None
+        self, name: str, command: Sequence[str], log: Path, *, patience_s: float = PATIENCE_S
     ) -> None:
-        self.name, self.log = name, log
+        self.name, self.log, self.patience_s = name, log, patience_s
         with log.open("wb") as errors:
             self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
-                text=True, env=None if env is None else os.environ | env,
-            )  # fmt: skip
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+            )
         self.info = self._read()  # the first line comes when the model is loaded
         self._pause()
 
@@ -168,7 +170,17 @@ class Worker:
 
     def _read(self) -> dict[str, Any]:
         assert self.process.stdout is not None
-        line = self.process.stdout.readline()
+        alarm = threading.Timer(self.patience_s, self.process.kill)
+        alarm.start()
+        try:
+            line = self.process.stdout.readline()
+        finally:
+            alarm.cancel()
+        if not line and self.process.wait() == -signal.SIGKILL:
+            raise MimoError(
+                f"{self.name} was killed: no answer in {self.patience_s:.0f} s, or no memory left",
+                hint=f"use fewer --layers, or see {self.log}",
+            )
         if not line:
             tail = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:]
             raise MimoError(

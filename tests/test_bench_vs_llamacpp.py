@@ -108,7 +108,7 @@ def test_the_protocol_is_one_line_each_way_and_errors_are_replies() -> None:
 
 
 CHILD = """
-import json, os, sys
+import json, os, sys, time
 sys.path.insert(0, {bench!r})
 import engine_worker
 
@@ -121,6 +121,8 @@ class Engine:
         if len(ids) == 7:
             print("dying on purpose", file=sys.stderr, flush=True)
             os._exit(3)
+        if len(ids) == 8:
+            time.sleep(60)
 
 print(json.dumps(Engine().info()), flush=True)
 engine_worker.serve(Engine(), sys.stdin, sys.stdout)
@@ -130,7 +132,8 @@ engine_worker.serve(Engine(), sys.stdin, sys.stdout)
 def child(tmp_path: Path) -> engine_worker.Worker:
     script = tmp_path / "child.py"
     script.write_text(CHILD.format(bench=str(BENCH)), encoding="utf-8")
-    return engine_worker.Worker("child", [sys.executable, str(script)], tmp_path / "log")
+    command = [sys.executable, str(script)]
+    return engine_worker.Worker("child", command, tmp_path / "log", patience_s=60)
 
 
 def state(pid: int) -> str:
@@ -157,6 +160,14 @@ def test_a_worker_that_dies_is_an_error_with_its_last_words(tmp_path: Path) -> N
         with pytest.raises(MimoError, match=r"status 3.*dying on purpose") as caught:
             worker.ask("verify", 7)
         assert str(tmp_path / "log") in caught.value.hint
+
+
+def test_a_worker_that_hangs_is_ended(tmp_path: Path) -> None:
+    with child(tmp_path) as worker:
+        worker.patience_s = 0.2
+        with pytest.raises(MimoError, match="was killed: no answer in 0 s"):
+            worker.ask("verify", 8)
+    assert worker.process.poll() is not None
 
 
 class FakeWorker:
