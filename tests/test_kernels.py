@@ -35,6 +35,10 @@ CHECKS = [
     "threads",
     "fork",
     "arguments",
+    "exponential",
+    "elementwise",
+    "rotation",
+    "bf16_rows",
     "not_finite",
 ]
 Parts = tuple[torch.Tensor, torch.Tensor]

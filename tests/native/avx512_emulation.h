@@ -23,7 +23,7 @@ struct __m128i {
 };
 using __mmask16 = std::uint16_t;
 
-enum { _MM_FROUND_TO_NEAREST_INT = 0, _MM_FROUND_NO_EXC = 8, _CMP_GT_OQ = 30 };
+enum { _MM_FROUND_TO_NEAREST_INT = 0, _MM_FROUND_NO_EXC = 8, _CMP_GT_OQ = 30, _CMP_UNORD_Q = 3 };
 
 // ---- half precision (F16C) ------------------------------------------------------------------------------------------
 
@@ -94,7 +94,10 @@ static __m512 _mm512_max_ps(__m512 a, __m512 b) { EMU_EACH(__m512, a.v[i] > b.v[
 static __m512 _mm512_roundscale_ps(__m512 a, int) { EMU_EACH(__m512, std::nearbyint(a.v[i])); }
 static __m512i _mm512_cvtps_epi32(__m512 a) { EMU_EACH(__m512i, static_cast<std::int32_t>(std::nearbyint(a.v[i]))); }
 static __m512 _mm512_cvtepi32_ps(__m512i a) { EMU_EACH(__m512, static_cast<float>(a.v[i])); }
-static __m512i _mm512_add_epi32(__m512i a, __m512i b) { EMU_EACH(__m512i, a.v[i] + b.v[i]); }
+static std::int32_t emu_wrap(std::int32_t a, std::int32_t b) {
+  return static_cast<std::int32_t>(static_cast<std::uint32_t>(a) + static_cast<std::uint32_t>(b));
+}
+static __m512i _mm512_add_epi32(__m512i a, __m512i b) { EMU_EACH(__m512i, emu_wrap(a.v[i], b.v[i])); }
 static __m512i _mm512_mask_add_epi32(__m512i src, __mmask16 m, __m512i a, __m512i b) {
   EMU_EACH(__m512i, (m >> i & 1) != 0 ? a.v[i] + b.v[i] : src.v[i]);
 }
@@ -115,11 +118,31 @@ static __m128i _mm512_cvtepi32_epi8(__m512i a) {
   for (int i = 0; i < 16; ++i) r.b[i] = static_cast<std::uint8_t>(a.v[i]);
   return r;
 }
-static __mmask16 _mm512_cmp_ps_mask(__m512 a, __m512 b, int) {
+static __mmask16 _mm512_cmp_ps_mask(__m512 a, __m512 b, int how) {
   unsigned mask = 0;
-  for (int i = 0; i < 16; ++i) mask |= (a.v[i] > b.v[i] ? 1U : 0U) << i;
+  for (int i = 0; i < 16; ++i) {
+    const bool is = how == _CMP_GT_OQ ? a.v[i] > b.v[i] : std::isnan(a.v[i]) || std::isnan(b.v[i]);
+    mask |= (is ? 1U : 0U) << i;
+  }
   return static_cast<__mmask16>(mask);
 }
+
+// ---- elementwise and attention --------------------------------------------------------------------------------------
+
+static __m512 _mm512_sub_ps(__m512 a, __m512 b) { EMU_EACH(__m512, a.v[i] - b.v[i]); }
+static __m512 _mm512_div_ps(__m512 a, __m512 b) { EMU_EACH(__m512, a.v[i] / b.v[i]); }
+static __m512i _mm512_mask_set1_epi32(__m512i src, __mmask16 m, int s) {
+  EMU_EACH(__m512i, (m >> i & 1) != 0 ? s : src.v[i]);
+}
+static __m256i _mm512_cvtepi32_epi16(__m512i a) {
+  __m256i r;
+  for (int i = 0; i < 16; ++i) {
+    r.b[2 * i] = static_cast<std::uint8_t>(a.v[i]);
+    r.b[2 * i + 1] = static_cast<std::uint8_t>(a.v[i] >> 8);
+  }
+  return r;
+}
+static void _mm256_storeu_si256(__m256i *p, __m256i a) { std::memcpy(static_cast<void *>(p), &a, sizeof a); }
 
 // ---- 64-bit lanes, casts --------------------------------------------------------------------------------------------
 

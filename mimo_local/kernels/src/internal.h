@@ -95,6 +95,22 @@ struct DequantizeJob {
 using QuantizeRows = QuantizeResult (*)(const QuantizeJob &, std::int64_t n0, std::int64_t n1) noexcept;
 using DequantizeRows = void (*)(const DequantizeJob &, std::int64_t n0, std::int64_t n1) noexcept;
 
+// ---- between the products: elementwise.inc --------------------------------------------------------------------------
+
+// y[t] = weight * x[t] / sqrt(mean(x[t]^2) + eps), t < T, D columns; y may be x.
+using RmsNormRows = void (*)(const float *x, std::int64_t ldx, std::int64_t T, std::int64_t D, const float *weight,
+                             float eps, float *y, std::int64_t ldy) noexcept;
+// out = silu(gate) * up, n elements; out may be gate or up.
+using Swiglu = void (*)(const float *gate, const float *up, std::int64_t n, float *out) noexcept;
+using SigmoidRow = void (*)(const float *x, std::int64_t n, float *y) noexcept;          // y may be x
+using AddScaled = void (*)(const float *x, float w, std::int64_t n, float *y) noexcept;  // y += w * x, one rounding
+using ScaleRow = void (*)(const float *x, float w, std::int64_t n, float *y) noexcept;   // y = w * x; y may be x
+// y = w * x, rounded to nearest even a second time, to bfloat16.
+using ScaleRowBf16 = void (*)(const float *x, float w, std::int64_t n, std::uint16_t *y) noexcept;
+// The first `rotary` dims of each head of one row x (heads, dim); cos, sin (rotary), sin's first half negated.
+using RotateRow = void (*)(float *x, std::int64_t heads, std::int64_t dim, std::int64_t rotary, const float *cos,
+                           const float *sin) noexcept;
+
 // ---- tables ---------------------------------------------------------------------------------------------------------
 
 // Each returns its table, or nullptr where the file was compiled for another architecture.
@@ -123,6 +139,13 @@ void *scratch(Slot slot, std::int64_t bytes);
 // y = x W^T by whichever way is faster, arguments already checked: what mimo_matmul does. Throws std::bad_alloc.
 void multiply(const mimo_table &table, const mimo_matrix &w, const float *x, std::int64_t ldx, std::int64_t T, float *y,
               std::int64_t ldy);
+
+// What mimo_rms_norm and mimo_attend do, arguments already checked. attention.cpp; they throw std::bad_alloc.
+void rms_norm(const mimo_table &table, const float *x, std::int64_t ldx, std::int64_t T, std::int64_t D,
+              const float *weight, float eps, float *y, std::int64_t ldy);
+bool sensible_heads(const mimo_heads &heads, const mimo_kv *sequences, std::int64_t n_sequences) noexcept;
+void attend(const mimo_table &table, const mimo_heads &heads, const float *q, std::int64_t ldq, const mimo_kv *sequences,
+            std::int64_t n_sequences, float *out, std::int64_t ldo);
 
 // ---- threads: pool.cpp ----------------------------------------------------------------------------------------------
 
@@ -156,6 +179,14 @@ struct mimo_table {
   mimo::QuantizeRows int8_quantize;
   mimo::DequantizeRows nf4_dequantize;
   mimo::DequantizeRows int8_dequantize;
+  // elementwise.inc
+  mimo::RmsNormRows rms_norm_rows;
+  mimo::Swiglu swiglu;
+  mimo::SigmoidRow sigmoid_row;
+  mimo::AddScaled add_scaled;
+  mimo::ScaleRow scale_row;
+  mimo::ScaleRowBf16 scale_row_bf16;
+  mimo::RotateRow rotate_row;
 };
 
 #endif
