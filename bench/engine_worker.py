@@ -356,7 +356,14 @@ def load_pack(args: argparse.Namespace) -> tuple[Any, Any, str]:
 
 def load_slice(args: argparse.Namespace) -> tuple[Any, Any, str]:
     """(model, new_cache, description) of real-shape layers with random packed weights."""
-    raise UsageError("real-shape slices are not here yet", hint="give --pack DIR")
+    import torch
+
+    from mimo_local.shape_bench import real_shape_model
+
+    model = real_shape_model(args.slice, args.vocab, args.format)
+    what = f"{args.slice} layers, experts {args.format}, rest int8"
+    # Keys and values in 16 bits, as packs have them and as llama.cpp does.
+    return model, lambda: model.new_cache(dtype=torch.bfloat16), what
 
 
 def main(argv: Sequence[str] | None = None) -> int:
