@@ -40,6 +40,7 @@ CHECKS = [
     "rotation",
     "bf16_rows",
     "not_finite",
+    "limits",
 ]
 Parts = tuple[torch.Tensor, torch.Tensor]
 CODES = {"nf4": kernels.NF4, "int8": kernels.INT8, "bf16": kernels.BF16}

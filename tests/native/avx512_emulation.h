@@ -65,6 +65,7 @@ static Register emu_load(const Memory *p) {
   return r;
 }
 static __m512 _mm512_loadu_ps(const void *p) { return emu_load<__m512>(static_cast<const char *>(p)); }
+static __m512i _mm512_loadu_si512(const void *p) { return emu_load<__m512i>(static_cast<const char *>(p)); }
 static void _mm512_storeu_ps(void *p, __m512 a) { std::memcpy(p, &a, sizeof a); }
 static __m128i _mm_loadu_si128(const __m128i *p) { return emu_load<__m128i>(p); }
 static __m256i _mm256_loadu_si256(const __m256i *p) { return emu_load<__m256i>(p); }
@@ -102,6 +103,7 @@ static __m512i _mm512_mask_add_epi32(__m512i src, __mmask16 m, __m512i a, __m512
   EMU_EACH(__m512i, (m >> i & 1) != 0 ? a.v[i] + b.v[i] : src.v[i]);
 }
 static __m512i _mm512_max_epi32(__m512i a, __m512i b) { EMU_EACH(__m512i, a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
+static __m512i _mm512_xor_si512(__m512i a, __m512i b) { EMU_EACH(__m512i, a.v[i] ^ b.v[i]); }
 static __m512i _mm512_and_si512(__m512i a, __m512i b) { EMU_EACH(__m512i, a.v[i] & b.v[i]); }
 static __m512i _mm512_or_si512(__m512i a, __m512i b) { EMU_EACH(__m512i, a.v[i] | b.v[i]); }
 static __m512i _mm512_slli_epi32(__m512i a, unsigned n) {

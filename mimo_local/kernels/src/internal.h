@@ -111,6 +111,13 @@ using ScaleRowBf16 = void (*)(const float *x, float w, std::int64_t n, std::uint
 using RotateRow = void (*)(float *x, std::int64_t heads, std::int64_t dim, std::int64_t rotary, const float *cos,
                            const float *sin) noexcept;
 
+// ---- limits: limits.inc ---------------------------------------------------------------------------------------------
+
+// Reads `bytes` bytes as 1, 4, 8 or 16 streams side by side -> the XOR of their 4-byte words. bytes % 1024 == 0.
+using ReadStreams = std::uint32_t (*)(const void *data, std::int64_t bytes, std::int64_t streams) noexcept;
+// The fastest multiply-add there is, from registers only -> how many were done; time grows with `rounds`.
+using ProductPeak = std::int64_t (*)(std::int64_t rounds) noexcept;
+
 // ---- tables ---------------------------------------------------------------------------------------------------------
 
 // Each returns its table, or nullptr where the file was compiled for another architecture.
@@ -187,6 +194,9 @@ struct mimo_table {
   mimo::ScaleRow scale_row;
   mimo::ScaleRowBf16 scale_row_bf16;
   mimo::RotateRow rotate_row;
+  // limits.inc
+  mimo::ReadStreams read_streams;
+  mimo::ProductPeak product_peak;
 };
 
 #endif

@@ -199,7 +199,8 @@ MIMO_API int32_t mimo_quantize(const mimo_table *table, int64_t format, const fl
 MIMO_API int32_t mimo_dequantize(const mimo_table *table, const mimo_matrix *w, float *out) MIMO_NOEXCEPT;
 
 /* What this machine can do, for `mimo bench`; both use all of the pool's threads.
- * Reads n bytes once, each thread its share in `streams` interleaved streams with prefetch; *seconds: the time taken. */
+ * Reads n bytes once, in `streams` interleaved streams per thread with prefetch; *seconds: the time taken. streams is
+ * 1, 4, 8 or 16, n a multiple of 1024. */
 MIMO_API int32_t mimo_read_limit(const mimo_table *table, const void *data, int64_t n, int64_t streams,
                                  double *seconds) MIMO_NOEXCEPT;
 /* The fastest multiply-add of this table's products, from registers only, for about that long. *operations: two per
