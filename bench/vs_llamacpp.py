@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -237,6 +238,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
+    # As Ctrl-C does: through every `finally`, so that the slice and the workers go.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         args.slices.mkdir(parents=True, exist_ok=True)
         if args.setup:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -137,7 +139,11 @@ def child(tmp_path: Path) -> engine_worker.Worker:
 
 
 def state(pid: int) -> str:
-    return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[0]
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
+    except (FileNotFoundError, ProcessLookupError):
+        return "gone"
+    return text.rsplit(")", 1)[1].split()[0]
 
 
 def test_a_worker_process_is_stopped_while_it_is_not_asked(tmp_path: Path) -> None:
@@ -168,6 +174,28 @@ def test_a_worker_that_hangs_is_ended(tmp_path: Path) -> None:
         with pytest.raises(MimoError, match="was killed: no answer in 0 s"):
             worker.ask("verify", 8)
     assert worker.process.poll() is not None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child that way")
+def test_a_stopped_worker_does_not_outlive_its_parent(tmp_path: Path) -> None:
+    parent = (
+        "import os, signal, sys, time; sys.path.insert(0, sys.argv[1]); import engine_worker\n"
+        "pid = os.fork()\n"
+        "if pid == 0:\n"
+        "    engine_worker.die_with_parent()\n"
+        "    print(os.getpid(), flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGSTOP)\n"
+        "os.waitpid(pid, os.WUNTRACED)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", parent, str(BENCH)], capture_output=True, text=True, timeout=30
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    wait = time.monotonic() + 5
+    while state(int(done.stdout)) == "T" and time.monotonic() < wait:
+        time.sleep(0.01)
+    assert state(int(done.stdout)) in ("Z", "X", "gone")
 
 
 class FakeWorker:
@@ -397,6 +425,7 @@ def test_an_error_is_told_with_its_hint(
         raise MimoError("no clang", hint="install clang")
 
     monkeypatch.setattr(llamacpp_build, "ensure", broken)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # main's handler is for main alone
     where = ["--venv", str(tmp_path / "venv"), "--slices", str(tmp_path / "slices")]
     assert vs.main(["--setup", *where]) == 1
     assert capsys.readouterr().err == "error: no clang\nhint: install clang\n"
