@@ -28,7 +28,12 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "mimo_local" / "kernels"
 NATIVE = Path(__file__).parent / "native"
 CHECKS = [
-    "matmul",
+    "matmul_nf4",
+    "matmul_mxfp4",
+    "matmul_int8",
+    "matmul_plain",
+    "odd_activations",
+    "e8m0_ends",
     "quantize",
     "scalar_fma",
     "halves",

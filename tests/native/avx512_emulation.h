@@ -22,6 +22,7 @@ struct __m128i {
   std::uint8_t b[16];
 };
 using __mmask16 = std::uint16_t;
+using __mmask64 = std::uint64_t;
 
 enum { _MM_FROUND_TO_NEAREST_INT = 0, _MM_FROUND_NO_EXC = 8, _CMP_GT_OQ = 30, _CMP_UNORD_Q = 3 };
 
@@ -184,6 +185,86 @@ static int _mm512_reduce_max_epi32(__m512i a) {
   return most;
 }
 
+// ---- bytes and words, for the products of decode.inc ------------------------------------------------------------------
+
+#define EMU_BYTES(expression)                                 \
+  std::uint8_t x[64];                                         \
+  std::uint8_t y[64];                                         \
+  std::uint8_t out[64];                                       \
+  std::memcpy(x, &a, sizeof x);                               \
+  std::memcpy(y, &b, sizeof y);                               \
+  for (int i = 0; i < 64; ++i) out[i] = (expression);         \
+  return emu_load<__m512i>(out)
+
+static __m512i _mm512_loadu_si512(const void *p) { return emu_load<__m512i>(static_cast<const char *>(p)); }
+static void _mm512_storeu_si512(void *p, __m512i a) { std::memcpy(p, &a, sizeof a); }
+static __m512i _mm512_maskz_loadu_epi8(__mmask64 m, const void *p) {
+  std::uint8_t bytes[64] = {};
+  for (int i = 0; i < 64; ++i) {
+    if ((m >> i & 1) != 0) bytes[i] = static_cast<const std::uint8_t *>(p)[i];
+  }
+  return emu_load<__m512i>(bytes);
+}
+static __m512i _mm512_setzero_si512() { return __m512i{}; }
+static __m512i _mm512_set1_epi8(int s) {
+  __m512i r;
+  std::memset(static_cast<void *>(&r), s, sizeof r);
+  return r;
+}
+static __m512i _mm512_set1_epi64(long long s) {
+  __m512i r;
+  for (int i = 0; i < 8; ++i) std::memcpy(&r.v[2 * i], &s, 8);
+  return r;
+}
+static __m512i _mm512_broadcast_i32x4(__m128i a) {
+  __m512i r;
+  for (int i = 0; i < 4; ++i) std::memcpy(&r.v[4 * i], &a, 16);
+  return r;
+}
+static __m512i _mm512_xor_si512(__m512i a, __m512i b) { EMU_EACH(__m512i, a.v[i] ^ b.v[i]); }
+static __m512i _mm512_sub_epi32(__m512i a, __m512i b) { EMU_EACH(__m512i, a.v[i] - b.v[i]); }
+static __mmask16 _mm512_cmpeq_epi32_mask(__m512i a, __m512i b) {
+  unsigned mask = 0;
+  for (int i = 0; i < 16; ++i) mask |= (a.v[i] == b.v[i] ? 1U : 0U) << i;
+  return static_cast<__mmask16>(mask);
+}
+// Within each 16 bytes; an index with its highest bit set gives 0.
+static __m512i _mm512_shuffle_epi8(__m512i a, __m512i b) {
+  EMU_BYTES((y[i] & 0x80) != 0 ? std::uint8_t{0} : x[i / 16 * 16 + (y[i] & 15)]);
+}
+static __m512i _mm512_srli_epi16(__m512i a, unsigned n) {
+  std::uint16_t words[32];
+  std::memcpy(words, &a, sizeof words);
+  for (std::uint16_t &word : words) word = static_cast<std::uint16_t>(word >> n);
+  return emu_load<__m512i>(words);
+}
+static __m256i _mm512_cvtepi16_epi8(__m512i a) {
+  std::uint8_t bytes[64];
+  std::memcpy(bytes, &a, sizeof bytes);
+  __m256i r;
+  for (int i = 0; i < 32; ++i) r.b[i] = bytes[2 * i];
+  return r;
+}
+static __m512 _mm512_cvtph_ps(__m256i a) {
+  EMU_EACH(__m512, _cvtsh_ss(static_cast<unsigned short>(a.b[2 * i] | a.b[2 * i + 1] << 8)));
+}
+// sum + products of four unsigned and signed bytes in each lane.
+static __m512i _mm512_dpbusd_epi32(__m512i sum, __m512i a, __m512i b) {
+  std::uint8_t x[64];
+  std::int8_t y[64];
+  std::memcpy(x, &a, sizeof x);
+  std::memcpy(y, &b, sizeof y);
+  for (int i = 0; i < 64; ++i) sum.v[i / 4] += x[i] * y[i];
+  return sum;
+}
+static __m512 _mm512_permutevar_ps(__m512 a, __m512i pick) {
+  EMU_EACH(__m512, a.v[i / 4 * 4 + (pick.v[i] & 3)]);
+}
+static __m512 _mm512_mask3_fmadd_ps(__m512 a, __m512 b, __m512 c, __mmask16 m) {
+  EMU_EACH(__m512, (m >> i & 1) != 0 ? std::fma(a.v[i], b.v[i], c.v[i]) : c.v[i]);
+}
+
+#undef EMU_BYTES
 #undef EMU_EACH
 
 #endif

@@ -3,41 +3,140 @@
 
 namespace {
 
-MIMO_CHECK(matmul) {
+// A stored matrix of random bits of any format, in exactly sized memory.
+struct Stored {
+  Stored(std::int64_t format, std::int64_t N, std::int64_t K, unsigned seed)
+      : codes(size(stored_code_bytes(format, N * K)), 64), scales(size(scale_bytes(format, N, K)), 64) {
+    std::mt19937 random(seed);
+    for (std::size_t i = 0; i < codes.bytes(); ++i) codes[i] = static_cast<std::uint8_t>(random());
+    if (format == MIMO_BF16 || format == MIMO_F32) {  // finite: clear the exponent's highest bit
+      const std::size_t each = format == MIMO_BF16 ? 2 : 4;
+      for (std::size_t i = each - 1; i < codes.bytes(); i += each) codes[i] &= 0xBF;
+    }
+    if (format == MIMO_NF4) {
+      Exact<std::uint16_t> halves = half_scales(size(N * K / 64), seed);
+      std::memcpy(scales.get(), halves.get(), halves.bytes());
+    } else if (format == MIMO_MXFP4) {  // all exponents of float32, the denormal one included, but 2^64 and beyond
+      for (std::size_t i = 0; i < scales.bytes(); ++i) scales[i] = static_cast<std::uint8_t>(random() % 191);
+    } else if (format == MIMO_INT8) {
+      Exact<float> floats = normal(size(N), seed);
+      std::memcpy(scales.get(), floats.get(), floats.bytes());
+    }
+    w = matrix(format, codes.get(), scales.get(), N, K);
+  }
+  static std::int64_t stored_code_bytes(std::int64_t format, std::int64_t n) {
+    return format <= MIMO_MXFP4 ? n / 2 : format == MIMO_INT8 ? n : format == MIMO_BF16 ? 2 * n : 4 * n;
+  }
+  static std::int64_t scale_bytes(std::int64_t format, std::int64_t N, std::int64_t K) {
+    return format <= MIMO_MXFP4 ? N * K / 32 : format == MIMO_INT8 ? 4 * N : 0;
+  }
+  Exact<std::uint8_t> codes;
+  Exact<std::uint8_t> scales;
+  mimo_matrix w;
+};
+
+Exact<float> product(const mimo_table *table, const mimo_matrix &w, const float *x, std::int64_t ldx, std::int64_t T) {
+  const std::int64_t ldy = w.rows + 1;
+  Exact<float> y(size((T - 1) * ldy + w.rows));
+  const std::int32_t status = mimo_matmul(table, &w, x, ldx, T, y.get(), ldy);
+  REQUIRE(status == MIMO_OK, "status %d", status);
+  return y;
+}
+
+bool same_rows(Exact<float> &a, Exact<float> &b, std::int64_t T, std::int64_t N) {
+  for (std::int64_t t = 0; t < T; ++t) {
+    if (std::memcmp(a.get() + t * (N + 1), b.get() + t * (N + 1), size(N) * sizeof(float)) != 0) return false;
+  }
+  return true;
+}
+
+// Shapes with odd ends of everything: groups of rows, chunks of 1024 columns, pairs of blocks, lanes.
+constexpr std::int64_t kManyK[] = {1, 7, 16, 17, 63, 64, 65, 128, 192, 576, 1024, 1088, 1100, 2112};
+constexpr std::int64_t kManyN[] = {1, 3, 8, 17, 65};
+
+void every_table_equals_scalar(std::int64_t format) {
   unsigned seed = 0;
-  for (const std::int64_t N : kShapesN) {
-    for (const std::int64_t K : kShapesK) {
-      for (const std::int64_t T : kRows) {
-        if (N > 17 && T > 5) continue;
-        ++seed;
-        const std::int64_t ldx = K + seed % 3;
-        const std::int64_t ldy = N + seed % 2;
-        Exact<float> x = normal(size((T - 1) * ldx + K), seed);
-        Exact<std::int8_t> int8 = bits<std::int8_t>(size(N * K), seed);
-        Exact<float> scales = normal(size(N), seed + 1);
-        Exact<std::uint16_t> bf16 = bits<std::uint16_t>(size(N * K), seed);
-        for (std::size_t i = 0; i < size(N * K); ++i) bf16[i] &= 0xBFFF;  // finite: magnitudes below 2
-        Exact<std::uint8_t> nf4 = bits<std::uint8_t>(size(N * K / 2), seed);
-        Exact<std::uint16_t> halves = half_scales(size(N * K / 64), seed);
-        const auto product = [&](const mimo_table *table, int format) {
-          Exact<float> y(size((T - 1) * ldy + N));
-          const mimo_matrix w = format == 0   ? matrix(MIMO_INT8, int8.get(), scales.get(), N, K)
-                                : format == 1 ? matrix(MIMO_BF16, bf16.get(), nullptr, N, K)
-                                              : matrix(MIMO_NF4, nf4.get(), halves.get(), N, K);
-          const std::int32_t status =
-              mimo_matmul(table, &w, x.get(), ldx, T, y.get(), ldy);
-          REQUIRE(status == MIMO_OK, "status %d", status);
-          return y;
-        };
-        for (int format = 0; format < (K % 64 == 0 ? 3 : 2); ++format) {
-          const Exact<float> expected = product(mimo::scalar_table(), format);
-          for (const mimo_table *table : fast_tables()) {
-            REQUIRE(product(table, format) == expected, "%s format %d N %ld K %ld T %ld", table->name, format,
-                    static_cast<long>(N), static_cast<long>(K), static_cast<long>(T));
-          }
+  for (const std::int64_t N : kManyN) {
+    for (const std::int64_t K : kManyK) {
+      if (format <= MIMO_MXFP4 && K % 64 != 0) continue;
+      if (N > 8 && K > 1100) continue;
+      ++seed;
+      const std::int64_t most = N <= 8 ? 16 : 9;
+      const std::int64_t ldx = K + seed % 3;
+      Exact<float> x = normal(size((most - 1) * ldx + K), seed);
+      x[size(seed % K)] *= 1000.0F;
+      Stored stored(format, N, K, seed);
+      Exact<float> expected = product(mimo::scalar_table(), stored.w, x.get(), ldx, most);
+      for (const mimo_table *table : fast_tables()) {
+        for (const std::int64_t T : {1, 2, 3, 4, 5, 6, 7, 8, 9, 16}) {
+          if (T > most || T >= table->panels_from(format)) continue;
+          Exact<float> found = product(table, stored.w, x.get(), ldx, T);
+          REQUIRE(same_rows(found, expected, T, N), "%s format %ld N %ld K %ld T %ld", table->name,
+                  static_cast<long>(format), static_cast<long>(N), static_cast<long>(K), static_cast<long>(T));
         }
       }
     }
+  }
+}
+
+MIMO_CHECK(matmul_nf4) { every_table_equals_scalar(MIMO_NF4); }
+MIMO_CHECK(matmul_mxfp4) { every_table_equals_scalar(MIMO_MXFP4); }
+MIMO_CHECK(matmul_int8) { every_table_equals_scalar(MIMO_INT8); }
+MIMO_CHECK(matmul_plain) {
+  every_table_equals_scalar(MIMO_BF16);
+  every_table_equals_scalar(MIMO_F32);
+}
+
+// Zeros, numbers whose scale or its inverse would leave float32, NaN and infinity: the same codes and scales everywhere,
+// and what is not finite reaches every product of its row and no other.
+MIMO_CHECK(odd_activations) {
+  const float values[] = {0.0F, 1e-45F, 1e-38F, 0.9e-36F, 1.1e-36F, 3e38F, std::numeric_limits<float>::infinity(),
+                          -std::numeric_limits<float>::infinity(), std::numeric_limits<float>::quiet_NaN()};
+  const std::int64_t K = 192;
+  const std::int64_t N = 9;
+  for (const std::int64_t format : {MIMO_NF4, MIMO_MXFP4, MIMO_INT8}) {
+    Stored stored(format, N, K, 5);
+    for (std::size_t i = 0; i < stored.scales.bytes(); ++i) {  // 0.5 or so
+      stored.scales[i] = format == MIMO_MXFP4 ? 126 : i % 2 == 0 && format == MIMO_NF4 ? 0 : 0x38;
+    }
+    for (const float value : values) {
+      Exact<float> x = normal(size(2 * K), 6);
+      for (int i = 64; i < 128; ++i) x[size(i)] = value * static_cast<float>(i % 3 - 1);
+      Exact<float> expected = product(mimo::scalar_table(), stored.w, x.get(), K, 2);
+      const bool finite = std::isfinite(value);
+      for (std::int64_t n = 0; n < N; ++n) {
+        if (value < 3e38F) REQUIRE(std::isfinite(expected[size(n)]) == finite, "row %ld", static_cast<long>(n));
+        REQUIRE(std::isfinite(expected[size(N + 1 + n)]), "the other row");
+      }
+      for (const mimo_table *table : fast_tables()) {
+        Exact<float> found = product(table, stored.w, x.get(), K, 2);
+        for (std::int64_t n = 0; n < N; ++n) {
+          const float a = found[size(n)];
+          const float b = expected[size(n)];
+          REQUIRE((std::isnan(a) && std::isnan(b)) || std::memcmp(&a, &b, 4) == 0, "%s %g", table->name,
+                  static_cast<double>(value));
+        }
+      }
+    }
+  }
+}
+
+// E8M0's two ends: 0 is 2^-127, 255 is NaN.
+MIMO_CHECK(e8m0_ends) {
+  Exact<float> x(64);
+  Exact<std::uint8_t> codes(32);
+  Exact<std::uint8_t> scales(2);
+  for (int i = 0; i < 64; ++i) x[size(i)] = i == 0 ? 127.0F : 0.0F;  // code 127, scale 1
+  std::memset(codes.get(), 0x20, 32);                                 // value 1 in even columns
+  std::vector<const mimo_table *> tables = fast_tables();
+  tables.push_back(mimo::scalar_table());
+  for (const mimo_table *table : tables) {
+    const mimo_matrix w = matrix(MIMO_MXFP4, codes.get(), scales.get(), 1, 64);
+    scales[0] = 0;
+    scales[1] = 127;
+    REQUIRE(product(table, w, x.get(), 64, 1)[0] == 127.0F * 0x1p-127F, "%s", table->name);
+    scales[1] = 255;
+    REQUIRE(std::isnan(product(table, w, x.get(), 64, 1)[0]), "%s", table->name);
   }
 }
 

@@ -9,6 +9,13 @@
 
 #include "mimo.h"
 
+// Before a loop over registers: without it they would live in memory.
+#if defined(__clang__)
+#define MIMO_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define MIMO_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 namespace mimo {
 
 inline constexpr std::int64_t kBlock = 64;  // weights that share one NF4 scale
@@ -51,6 +58,22 @@ struct RowsJob {
 using RowBytes = std::int64_t (*)(std::int64_t format, std::int64_t K) noexcept;  // a multiple of 64
 using PrepareRow = void (*)(std::int64_t format, const float *x, std::int64_t K, void *out) noexcept;  // out: 64-aligned
 using MultiplyRows = void (*)(const RowsJob &, std::int64_t n0, std::int64_t n1) noexcept;
+
+// What decode.inc asks of an instruction set's own inner loops (dot_*.inc): some rows of W times some rows of x over one
+// chunk of columns, added to the sums of the lanes.
+inline constexpr std::int64_t kChunk = 1024;          // columns
+inline constexpr std::int64_t kChunkScales = 32;      // scales of a row of W in a chunk, at most
+inline constexpr std::int64_t kTileRows = 8;          // rows of W that are streamed side by side
+inline constexpr std::int64_t kTileT = 4;             // rows of x that share one decoding of the weights, at most
+struct DotTile {
+  const unsigned char *w;        // first row's bytes of the chunk
+  std::int64_t pitch;            // bytes from row to row of W
+  const unsigned char *ahead;    // what to prefetch while these bytes are used, at the same pitch
+  std::int64_t blocks;           // of 64 columns, the last one perhaps padded
+  const std::int8_t *x[kTileT];  // codes of the chunk; its sums follow them where the instruction set keeps such
+  const float *scales;           // 4-bit formats: [row of W][row of x][kChunkScales]; INT8: [row of x][kChunkScales]
+  float *sums;                   // [row of W][kExactRows][kLanes]
+};
 
 // y[t * ldy + n] = x[t] . W[n] for n in [n0, n1), t < T; x as prepare_panels made it. n0 % kPanelGrain == 0.
 struct PanelsJob {

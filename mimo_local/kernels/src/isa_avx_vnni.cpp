@@ -6,6 +6,9 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#if defined(MIMO_EMULATION)
+#include "vnni_emulation.h"
+#endif
 
 // From here on, and only here, the compiler may use these instructions. No header may be included below this line
 // except generic.inc, whose code lives in the unnamed namespace.
@@ -27,7 +30,16 @@ namespace avx_vnni {
 
 constexpr const char *kName = "avx_vnni";
 
+#define MIMO_AVX_VNNI
+#if defined(MIMO_EMULATION)
+MIMO_EMULATED_DOT_BYTES
+#else
+// sum + products of four unsigned and signed bytes in each int32 lane.
+__m256i dot_bytes(__m256i sum, __m256i u, __m256i s) noexcept { return _mm256_dpbusd_avx_epi32(sum, u, s); }
+#endif
+
 #include "ops_avx2.inc"
+#define MIMO_DOT "dot_avx2.inc"
 #include "generic.inc"
 
 }  // namespace avx_vnni

@@ -2,6 +2,7 @@
 // Baseline code only.
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <new>
 
 #include "internal.h"
@@ -9,17 +10,58 @@
 namespace mimo {
 namespace {
 
-constexpr std::int64_t kPieceBytes = 1 << 15;  // weight bytes of a piece of work: a few microseconds of one core
 constexpr std::int64_t kPanelRowsAtOnce = 512;  // rows of x prepared together: bounds the scratch memory
+constexpr std::int64_t kRowsAtOnce = 64;        // the same for the rows path
+constexpr std::int64_t kGroup = 8;              // rows of W the rows path walks side by side
+constexpr std::int64_t kSmallPiece = 1 << 15;   // bytes of the last pieces of work: 2 to 4 microseconds of one core
+constexpr std::int64_t kCachedPiece = 1 << 17;  // bytes of weights that stay in a second-level cache beside x
+
+// The rows of W in pieces that get smaller: large ones first, because prefetching runs on within a piece, small ones
+// last, so that all threads finish together. Each is a 2 * threads-th part of what is left, in whole groups.
+class Pieces {
+ public:
+  Pieces(std::int64_t rows, std::int64_t row_bytes, std::int64_t threads, std::int64_t most_bytes) noexcept {
+    const std::int64_t bytes = std::max<std::int64_t>(row_bytes, 1);
+    const std::int64_t least = groups(kSmallPiece / bytes);
+    const std::int64_t most = std::max(groups(most_bytes / bytes), groups(rows / kMost * 2));
+    while (at_[count_] < rows) {
+      const std::int64_t left = rows - at_[count_];
+      const std::int64_t part = std::min(most, std::max(least, groups(left / (2 * threads))));
+      at_[count_ + 1] = count_ + 1 == kMost ? rows : std::min(rows, at_[count_] + part);
+      ++count_;
+    }
+  }
+  std::int64_t count() const noexcept { return count_; }
+  std::int64_t begin(std::int64_t piece) const noexcept { return at_[piece]; }
+  std::int64_t end(std::int64_t piece) const noexcept { return at_[piece + 1]; }
+
+ private:
+  static constexpr std::int64_t kMost = 2048;
+  static std::int64_t groups(std::int64_t rows) noexcept {
+    return std::max<std::int64_t>((rows + kGroup - 1) / kGroup, 1) * kGroup;
+  }
+  std::int64_t count_ = 0;
+  std::int64_t at_[kMost + 1] = {};
+};
 
 struct RowsCall {
   const mimo_table *table;
-  RowsJob job;
+  const mimo_matrix *w;
+  const Pieces *pieces;
+  std::int64_t T;
+  const void *const *x;
+  float *const *y;
 };
 
+// All rows of x pass over a piece before the next one is read.
 void run_rows(void *context, std::int64_t begin, std::int64_t end, void *) noexcept {
   const RowsCall &call = *static_cast<const RowsCall *>(context);
-  call.table->multiply_rows(call.job, begin, end);
+  for (std::int64_t piece = begin; piece < end; ++piece) {
+    for (std::int64_t t = 0; t < call.T; t += kExactRows) {
+      const RowsJob job{call.w, std::min(call.T - t, kExactRows), call.x + t, call.y + t};
+      call.table->multiply_rows(job, call.pieces->begin(piece), call.pieces->end(piece));
+    }
+  }
 }
 
 struct PanelsCall {
@@ -41,25 +83,24 @@ void run_panels(void *context, std::int64_t begin, std::int64_t end, void *memor
   call.table->multiply_panels(call.job, begin, end, memory);
 }
 
-std::int64_t grain_for(std::int64_t row_bytes) noexcept {
-  return std::max<std::int64_t>(4, kPieceBytes / std::max<std::int64_t>(row_bytes, 1) / 4 * 4);
-}
-
 void by_rows(const mimo_table &table, const mimo_matrix &w, const float *x, std::int64_t ldx, std::int64_t T, float *y,
              std::int64_t ldy) {
   const std::int64_t bytes = table.row_bytes(w.format, w.cols);
-  auto *memory = static_cast<unsigned char *>(scratch(kSlotX, bytes * std::min(T, kExactRows)));
-  for (std::int64_t t = 0; t < T; t += kExactRows) {
-    const std::int64_t now = std::min(T - t, kExactRows);
-    const void *rows[kExactRows];
-    float *outs[kExactRows];
+  auto *memory = static_cast<unsigned char *>(scratch(kSlotX, bytes * std::min(T, kRowsAtOnce)));
+  const std::int64_t whole = std::numeric_limits<std::int64_t>::max();
+  const Pieces pieces(w.rows, stored_row_bytes(w.format, w.cols), mimo_threads(),
+                      T > kExactRows ? kCachedPiece : whole);
+  for (std::int64_t t = 0; t < T; t += kRowsAtOnce) {
+    const std::int64_t now = std::min(T - t, kRowsAtOnce);
+    const void *rows[kRowsAtOnce];
+    float *outs[kRowsAtOnce];
     for (std::int64_t i = 0; i < now; ++i) {
       rows[i] = memory + i * bytes;
       outs[i] = y + (t + i) * ldy;
       table.prepare_row(w.format, x + (t + i) * ldx, w.cols, memory + i * bytes);
     }
-    RowsCall call{&table, {&w, now, rows, outs}};
-    parallel_for(w.rows, grain_for(stored_row_bytes(w.format, w.cols)), run_rows, &call);
+    RowsCall call{&table, &w, &pieces, now, rows, outs};
+    parallel_for(pieces.count(), 1, run_rows, &call);
   }
 }
 
