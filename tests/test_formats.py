@@ -22,6 +22,15 @@ TWINS = (NF4(), INT8())
 SHAPES = [(1, 64), (3, 128), (17, 192), (64, 448)]
 
 
+FEW_ROWS = 1.5e-2
+"""The kernels round activations to int8, 64 a step (and NF4's values to int8): 7e-3 of the rms."""
+
+
+def off(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Relative rms of the difference."""
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+
+
 @pytest.fixture(scope="module")
 def bnb() -> Iterator[Any]:
     """bitsandbytes.functional; its CPU backend logs a note about an optional download."""
@@ -92,9 +101,7 @@ def test_kernel_and_twin_give_the_same_bytes(fmt: NF4 | INT8, shape: tuple[int, 
             assert torch.equal(native[part], twin[part]), part
         assert torch.equal(fmt.unpack(native), fmt.unpack_torch(native))
         x = gaussian(5, shape[1], seed=1)
-        torch.testing.assert_close(
-            fmt.matmul(x, native), fmt.matmul_torch(x, native), rtol=1e-5, atol=1e-4
-        )
+        assert off(fmt.matmul(x, native), fmt.matmul_torch(x, native)) < FEW_ROWS
         found = relative_rms(w, fmt.unpack(fmt.pack(w)))
         assert found == pytest.approx(relative_rms(w, fmt.unpack(fmt.pack_torch(w))), rel=2e-3)
 
@@ -142,7 +149,7 @@ def test_matmul_is_the_product_with_the_unpacked_weights(name: str, tokens: int)
     parts = fmt.pack(gaussian(33, 128, seed=2))
     x = gaussian(tokens, 256, seed=3)[:, ::2]  # not contiguous
     wanted = x.double() @ fmt.unpack(parts).double().T
-    torch.testing.assert_close(fmt.matmul(x, parts).double(), wanted, rtol=1e-5, atol=1e-4)
+    assert off(fmt.matmul(x, parts), wanted) < (FEW_ROWS if name in ("nf4", "int8") else 1e-6)
 
 
 @pytest.mark.parametrize("name", ["nf4", "int8", "bf16"])

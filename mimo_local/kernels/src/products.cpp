@@ -53,6 +53,23 @@ struct RowsCall {
   float *const *y;
 };
 
+struct PrepareCall {
+  const mimo_table *table;
+  std::int64_t format;
+  const float *x;
+  std::int64_t ldx;
+  std::int64_t K;
+  unsigned char *prepared;
+  std::int64_t bytes;
+};
+
+void run_prepare_rows(void *context, std::int64_t begin, std::int64_t end, void *) noexcept {
+  const PrepareCall &call = *static_cast<const PrepareCall *>(context);
+  for (std::int64_t t = begin; t < end; ++t) {
+    call.table->prepare_row(call.format, call.x + t * call.ldx, call.K, call.prepared + t * call.bytes);
+  }
+}
+
 // All rows of x pass over a piece before the next one is read.
 void run_rows(void *context, std::int64_t begin, std::int64_t end, void *) noexcept {
   const RowsCall &call = *static_cast<const RowsCall *>(context);
@@ -97,8 +114,10 @@ void by_rows(const mimo_table &table, const mimo_matrix &w, const float *x, std:
     for (std::int64_t i = 0; i < now; ++i) {
       rows[i] = memory + i * bytes;
       outs[i] = y + (t + i) * ldy;
-      table.prepare_row(w.format, x + (t + i) * ldx, w.cols, memory + i * bytes);
     }
+    // Up to kExactRows rows on this thread: a microsecond each, less than waking another one costs.
+    PrepareCall prepare{&table, w.format, x + t * ldx, ldx, w.cols, memory, bytes};
+    parallel_for(now, kExactRows, run_prepare_rows, &prepare);
     RowsCall call{&table, &w, &pieces, now, rows, outs};
     parallel_for(pieces.count(), 1, run_rows, &call);
   }
