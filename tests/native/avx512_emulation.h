@@ -196,7 +196,6 @@ static int _mm512_reduce_max_epi32(__m512i a) {
   for (int i = 0; i < 64; ++i) out[i] = (expression);         \
   return emu_load<__m512i>(out)
 
-static __m512i _mm512_loadu_si512(const void *p) { return emu_load<__m512i>(static_cast<const char *>(p)); }
 static void _mm512_storeu_si512(void *p, __m512i a) { std::memcpy(p, &a, sizeof a); }
 static __m512i _mm512_maskz_loadu_epi8(__mmask64 m, const void *p) {
   std::uint8_t bytes[64] = {};
@@ -221,7 +220,6 @@ static __m512i _mm512_broadcast_i32x4(__m128i a) {
   for (int i = 0; i < 4; ++i) std::memcpy(&r.v[4 * i], &a, 16);
   return r;
 }
-static __m512i _mm512_xor_si512(__m512i a, __m512i b) { EMU_EACH(__m512i, a.v[i] ^ b.v[i]); }
 static __m512i _mm512_sub_epi32(__m512i a, __m512i b) { EMU_EACH(__m512i, a.v[i] - b.v[i]); }
 static __mmask16 _mm512_cmpeq_epi32_mask(__m512i a, __m512i b) {
   unsigned mask = 0;
