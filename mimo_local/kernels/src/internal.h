@@ -163,7 +163,7 @@ std::int64_t stored_row_bytes(std::int64_t format, std::int64_t cols) noexcept; 
 
 // Memory of the calling thread that lives until the thread ends, so that a decode step allocates nothing. One block per
 // slot; asking again with more bytes loses the old content. 64-aligned. Throws std::bad_alloc.
-enum Slot : int { kSlotX = 0, kSlotHidden, kSlotOut, kSlotBlock, kSlotQkv, kSlotAttend, kSlots };
+enum Slot : int { kSlotX = 0, kSlotHidden, kSlotOut, kSlotBlock, kSlotQkv, kSlotAttend, kSlotPlan, kSlots };
 void *scratch(Slot slot, std::int64_t bytes);
 
 // y = x W^T by whichever way is faster, arguments already checked: what mimo_matmul does. Throws std::bad_alloc.
@@ -177,11 +177,34 @@ bool sensible_heads(const mimo_heads &heads, const mimo_kv *sequences, std::int6
 void attend(const mimo_table &table, const mimo_heads &heads, const float *q, std::int64_t ldq, const mimo_kv *sequences,
             std::int64_t n_sequences, float *out, std::int64_t ldo);
 
+// What mimo_moe was asked, arguments checked but for the mlps. D: filled in by mix.
+struct Mixture {
+  const mimo_table *table;
+  const mimo_mlp *mlps;
+  std::int64_t n_mlps;
+  const float *x;
+  std::int64_t ldx;
+  std::int64_t T;
+  const std::int32_t *ids;
+  const float *weights;
+  std::int64_t K;
+  float *y;
+  std::int64_t ldy;
+  bool accumulate;
+  std::int64_t D;
+};
+// most_pairs: (row, mlp) pairs whose hidden values are held at once, 0: as many as are good. false: an mlp of another
+// shape or without memory behind it. Uses kSlotPlan and kSlotHidden. Throws std::bad_alloc.
+bool mix(Mixture call, std::int64_t most_pairs);
+
 // ---- threads: pool.cpp ----------------------------------------------------------------------------------------------
 
 // Threads this process may keep busy, from files under `root` ("" in production).
 int cgroup_cpu_limit(const char *root) noexcept;
 int usable_cores() noexcept;
+
+// One turn of a loop that waits for another thread of the pool, the i-th: a pause first, then the core is given away.
+void relax(int i) noexcept;
 
 // `memory`: the block of this worker, of the size parallel_for was asked for, 64-aligned; content as others left it.
 using Range = void (*)(void *context, std::int64_t begin, std::int64_t end, void *memory) noexcept;

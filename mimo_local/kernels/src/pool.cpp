@@ -45,6 +45,18 @@ void pause() noexcept {
 #endif
 }
 
+}  // namespace
+
+void relax(int i) noexcept {
+  if (i < kSpins) {
+    pause();
+  } else {
+    std::this_thread::yield();
+  }
+}
+
+namespace {
+
 // ---- how many threads -----------------------------------------------------------------------------------------------
 
 std::string first_line(const std::string &path) {
