@@ -11,7 +11,6 @@
 // the number of threads nor on how the work was split.
 #include <algorithm>
 #include <atomic>
-#include <cmath>
 #include <cstdint>
 #include <new>
 
@@ -87,11 +86,6 @@ struct Wave {
   bool clear;                // y is overwritten
   alignas(64) std::atomic<std::int64_t> shared_left;
 };
-
-// silu(gate) * up.
-void swiglu(const float *gate, const float *up, std::int64_t n, float *out) noexcept {
-  for (std::int64_t i = 0; i < n; ++i) out[i] = gate[i] / (1.0F + std::exp(-gate[i])) * up[i];
-}
 
 void wait_for(const std::atomic<std::int64_t> &left) noexcept {
   for (int i = 0; left.load(std::memory_order_acquire) != 0; ++i) relax(i);
@@ -177,7 +171,7 @@ void middle_item(Wave &wave, std::int64_t item, float *memory) noexcept {
   product(table, group.mlp->up, group.up, group.count, n0, n1, up, n, memory + wave.floats);
   float *hidden = wave.hidden + (group.first - wave.first_pair) * wave.width + n0;
   for (std::int64_t i = 0; i < group.count; ++i) {
-    swiglu(memory + i * n, up + i * n, n, hidden + i * wave.width);
+    table.swiglu(memory + i * n, up + i * n, n, hidden + i * wave.width);
   }
   group.middle_left.fetch_sub(1, std::memory_order_release);
 }
@@ -203,10 +197,8 @@ void down_item(Wave &wave, std::int64_t item, float *memory) noexcept {
     wait_for(group.hidden_left);
     product(*call.table, group.mlp->down, group.down, group.count, n0, n1, memory, n, memory + wave.floats);
     for (std::int64_t i = 0; i < group.count; ++i) {
-      const float weight = wave.plan->weight[group.first + i];
-      const float *out = memory + i * n;
-      float *y = call.y + wave.plan->row[group.first + i] * call.ldy + n0;
-      for (std::int64_t k = 0; k < n; ++k) y[k] += weight * out[k];
+      const std::int64_t pair = group.first + i;
+      call.table->add_scaled(memory + i * n, wave.plan->weight[pair], n, call.y + wave.plan->row[pair] * call.ldy + n0);
     }
   }
 }

@@ -1,0 +1,128 @@
+"""Time of one mixture layer's experts in the kernels, beside the rate at which this machine reads.
+
+Random packed weights of the true shapes, other experts in every call, so that nothing is in a cache.
+Prints a line per case and one JSON object at the end. Not part of the product: `mimo bench` measures
+whole slices. Usage: python bench/moe_kernel.py [--format nf4] [--gb 2.2] [--threads N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import statistics
+import sys
+import time
+from typing import Any
+
+import torch
+
+from mimo_local import kernels
+from quant.formats import get_format
+
+D, WIDTH, K = 4096, 2048, 8
+_SCALE = {"nf4": 0.02, "int8": 2e-4}
+
+
+def make(fmt: str, nbytes: float, d: int, width: int) -> tuple[Any, list[torch.Tensor], int]:
+    """Experts of random codes -> (array of Mlp, what keeps them alive, bytes of one)."""
+    form, keep = get_format(fmt), []
+    shapes = (("gate", (width, d)), ("up", (width, d)), ("down", (d, width)))
+    one = sum(form.nbytes(*shape) for _, shape in shapes)
+    mlps = (kernels.Mlp * max(2 * K, int(nbytes // one)))()
+    for e in range(len(mlps)):
+        whole = torch.empty(one + 4096, dtype=torch.uint8)
+        keep.append(whole)
+        whole = whole[-whole.data_ptr() % 4096 :]
+        for name, shape in shapes:
+            parts = {}
+            for part, (dtype, dims) in form.parts(*shape).items():
+                n = dtype.itemsize * torch.Size(dims).numel()
+                parts[part], whole = whole[:n].view(dtype).view(dims), whole[n:]
+                if dtype in (torch.uint8, torch.int8):
+                    parts[part].random_()
+                else:
+                    parts[part].fill_(_SCALE.get(fmt, 0.02))
+            setattr(mlps[e], name, form.matrix(parts))
+    return mlps, keep, one
+
+
+class Case:
+    """One shape: T rows, K experts each, other experts in every call."""
+
+    def __init__(self, library: kernels.Kernels, mlps: Any, one: int, t: int, k: int) -> None:
+        self.library, self.mlps, self.t, self.k, self.turn = library, mlps, t, k, 0
+        self.d = mlps[0].gate.cols
+        self.x, self.y = torch.randn(t, self.d), torch.empty(t, self.d)
+        self.w = torch.rand(t, k)
+        self.n = min(len(mlps), t * k)
+        self.nbytes = one * self.n
+        self.name = f"{t} rows x {k}"
+
+    def __call__(self) -> float:
+        """Seconds of one call."""
+        ids = torch.arange(self.t * self.k).remainder_(self.n).add_(self.turn)
+        ids = ids.remainder_(len(self.mlps)).int().view(self.t, self.k)
+        self.turn += self.n
+        start = time.perf_counter()
+        self.library.call(
+            "moe", self.mlps, len(self.mlps), self.x.data_ptr(), self.d, self.t,
+            ids.data_ptr(), self.w.data_ptr(), self.k, self.y.data_ptr(), self.d, 0,
+        )  # fmt: skip
+        return time.perf_counter() - start
+
+
+def read_limit(library: kernels.Kernels, mlps: Any, keep: list[torch.Tensor], turn: int) -> float:
+    """Bytes per second of reading about eight experts, in 16 streams per thread."""
+    seconds, total, took = ctypes.c_double(), 0, 0.0
+    for i in range(K):
+        block = keep[(turn * K + i) % len(keep)]
+        library.call("read_limit", block.data_ptr(), block.nbytes, 16, ctypes.byref(seconds))
+        total, took = total + block.nbytes, took + seconds.value
+    return total / took
+
+
+def main() -> int:
+    """Measure in turn, print medians."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--format", default="nf4")
+    parser.add_argument("--gb", type=float, default=2.2)
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rows", default="1,2,4,8")
+    options = parser.parse_args()
+    library = kernels.get()
+    if library is None:
+        raise SystemExit(kernels.why_unavailable())
+    if options.threads:
+        library.set_threads(options.threads)
+    mlps, keep, one = make(options.format, options.gb * 1e9, D, WIDTH)
+    tiny, alive, small = make(options.format, 0, 64, 64)
+    empty = Case(library, tiny, small, 1, K)
+    cases = [Case(library, mlps, one, int(t), K) for t in options.rows.split(",")]
+    took: dict[str, list[float]] = {case.name: [] for case in cases}
+    limits, calls = [], []
+    for turn in range(options.rounds):
+        limits.append(read_limit(library, mlps, keep, turn))
+        for case in cases:
+            took[case.name].append(case())
+        calls.append(min(empty() for _ in range(50)))
+    del alive
+    limit = statistics.median(limits)
+    report: dict[str, Any] = {"format": options.format, "isa": library.isa}
+    report |= {"threads": library.threads, "limit_gb_s": limit / 1e9}
+    report["empty_call_us"] = statistics.median(calls) * 1e6
+    print(f"reads {limit / 1e9:.1f} GB/s; a call of 8 tiny experts {report['empty_call_us']:.1f} us")
+    for case in cases:
+        seconds = statistics.median(took[case.name])
+        shares = [case.nbytes / s / l for s, l in zip(took[case.name], limits, strict=True)]
+        row = {"ms": seconds * 1e3, "gb_s": case.nbytes / seconds / 1e9}
+        row["share_of_limit"] = statistics.median(shares)
+        report[case.name] = row
+        print(f"{case.name}: {row['ms']:.2f} ms, {row['gb_s']:.1f} GB/s, {row['share_of_limit']:.0%}")
+    print(json.dumps(report))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
