@@ -1,8 +1,8 @@
 """Time of one mixture layer's experts in the kernels, beside the rate at which this machine reads.
 
-Random packed weights of the true shapes, other experts in every call, so that nothing is in a cache.
-Prints a line per case and one JSON object at the end. Not part of the product: `mimo bench` measures
-whole slices. Usage: python bench/moe_kernel.py [--format nf4] [--gb 2.2] [--threads N]
+Random packed weights of the true shapes, other experts in every call: nothing is in a cache. Prints
+a line per case and one JSON object. Not part of the product: `mimo bench` measures whole slices.
+ Usage: python bench/moe_kernel.py [--format nf4] [--gb 2.2] [--threads N]
 """
 
 from __future__ import annotations
@@ -112,14 +112,18 @@ def main() -> int:
     report: dict[str, Any] = {"format": options.format, "isa": library.isa}
     report |= {"threads": library.threads, "limit_gb_s": limit / 1e9}
     report["empty_call_us"] = statistics.median(calls) * 1e6
-    print(f"reads {limit / 1e9:.1f} GB/s; a call of 8 tiny experts {report['empty_call_us']:.1f} us")
+    print(
+        f"reads {limit / 1e9:.1f} GB/s; a call of 8 tiny experts {report['empty_call_us']:.1f} us"
+    )
     for case in cases:
         seconds = statistics.median(took[case.name])
-        shares = [case.nbytes / s / l for s, l in zip(took[case.name], limits, strict=True)]
+        shares = [case.nbytes / s / r for s, r in zip(took[case.name], limits, strict=True)]
         row = {"ms": seconds * 1e3, "gb_s": case.nbytes / seconds / 1e9}
         row["share_of_limit"] = statistics.median(shares)
         report[case.name] = row
-        print(f"{case.name}: {row['ms']:.2f} ms, {row['gb_s']:.1f} GB/s, {row['share_of_limit']:.0%}")
+        print(
+            f"{case.name}: {row['ms']:.2f} ms, {row['gb_s']:.1f} GB/s, {row['share_of_limit']:.0%}"
+        )
     print(json.dumps(report))
     return 0
 

@@ -6,56 +6,45 @@ routing and no attention. Built by `engine` and `api`, called by `model` once pe
 
 from __future__ import annotations
 
+import ctypes
 from collections import Counter
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import psutil
 import torch
 import torch.nn.functional as F
 
-from mimo_local import hardware
+from mimo_local import hardware, kernels
 from mimo_local.errors import NotEnoughMemoryError
 from mimo_local.events import Progress
-from mimo_local.weights import Expert, OnProgress, QuantLinear, Weights, stack
-
-
-class _Held(NamedTuple):
-    """An expert ready to run: gate and up are one product of 2 I rows."""
-
-    gate_up: QuantLinear
-    down: QuantLinear
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x (T, D) -> down(silu(gate x) * up x) (T, D)."""
-        joint = self.gate_up(x)
-        width = self.down.cols
-        return self.down(F.silu(joint[:, :width]).mul_(joint[:, width:]))
+from mimo_local.weights import Expert, OnProgress, Weights
 
 
 class RamTier:
-    """Experts held in memory, by layer.
-
-    Gate and up are copied into one matrix: with the demo model's small experts the calls cost as
-    much as the bytes, and a token takes 8 experts in each of 29 layers.
-    """
+    """Experts held in memory as they were read, by layer."""
 
     def __init__(self) -> None:
-        self._held: dict[int, list[_Held]] = {}
+        self._held: dict[int, list[Expert]] = {}
+        self._mlps: dict[int, ctypes.Array[kernels.Mlp]] = {}
         self.nbytes = 0
 
     def put(self, layer: int, experts: Iterable[Expert]) -> None:
-        """Hold all experts of one layer."""
-        held = self._held[layer] = []
-        for expert in experts:
-            # A copy of `down` too: a view would keep the whole buffer the expert was read into.
-            ready = _Held(stack([expert.gate, expert.up]), stack([expert.down]))
-            held.append(ready)
-            self.nbytes += ready.gate_up.nbytes + ready.down.nbytes
+        """Hold all experts of one layer; nothing is copied."""
+        held = self._held[layer] = list(experts)
+        mlps = self._mlps[layer] = (kernels.Mlp * len(held))()
+        for mlp, expert in zip(mlps, held, strict=True):
+            for name in ("gate", "up", "down"):
+                linear = getattr(expert, name)
+                setattr(mlp, name, linear.format.matrix(linear.parts))
+            self.nbytes += expert.nbytes
 
-    def get(self, layer: int) -> list[_Held]:
+    def get(self, layer: int) -> list[Expert]:
         """The experts of one layer, by index."""
         return self._held[layer]
+
+    def mlps(self, layer: int) -> ctypes.Array[kernels.Mlp]:
+        """Their addresses; good as long as the tier lives."""
+        return self._mlps[layer]
 
 
 class ExpertStore:
@@ -78,28 +67,49 @@ class ExpertStore:
         """Bytes held, by tier."""
         return {"ram": self.ram.nbytes}
 
-    def run(self, layer: int, x: torch.Tensor, ids: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        """x (T, D) f32, ids (T, K) int64, w (T, K) f32 -> (T, D) f32: sum over K of w * expert(x).
+    def mlps(self, layer: int) -> tuple[ctypes.Array[kernels.Mlp], object]:
+        """The experts of one layer for the kernels, and what must live as long as they are used."""
+        return self.ram.mlps(layer), self.ram
 
-        A row sums its experts in ascending order, whatever the other rows chose, so its bits do not
-        depend on its company as long as each expert's products do not (T <= 16).
+    def run(self, layer: int, x: torch.Tensor, ids: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        """x (T, D) f32, ids (T, K) int, w (T, K) f32 -> (T, D) f32: sum over K of w * expert(x).
+
+        A row sums its experts in ascending order, whatever the other rows chose. With the kernels
+        its bits do not depend on its company up to 8 rows; 4- and 8-bit experts then meet x rounded
+        to 8 bits per 64 columns. An id of -1 leaves its entry out.
         """
-        experts = self.ram.get(layer)
-        out = torch.zeros_like(x)
-        n_chosen = ids.shape[1]
-        if x.shape[0] == 1:
-            for e, k in sorted(zip(ids[0].tolist(), range(n_chosen), strict=True)):
-                out.add_(experts[e](x).mul_(w[:, k : k + 1]))
-            return out
+        native = kernels.get()
+        if native is None or x.device.type != "cpu":
+            return self.run_torch(layer, x, ids, w)
+        mlps, x = self.ram.mlps(layer), x.contiguous()
+        chosen, w = ids.to(torch.int32).contiguous(), w.contiguous()
+        (n, d), out = x.shape, torch.empty_like(x)
+        native.call(
+            "moe", mlps, len(mlps), x.data_ptr(), d, n,
+            chosen.data_ptr(), w.data_ptr(), ids.shape[1], out.data_ptr(), d, 0,
+        )  # fmt: skip
+        return out
+
+    def run_torch(
+        self, layer: int, x: torch.Tensor, ids: torch.Tensor, w: torch.Tensor
+    ) -> torch.Tensor:
+        """The twin of `run`, expert by expert."""
+        experts, out = self.ram.get(layer), torch.zeros_like(x)
         chosen, order = ids.flatten().sort(stable=True)
-        rows = order // n_chosen
+        rows = order // ids.shape[1]
         xs, ws = x[rows], w.flatten()[order, None]
         start = 0
         for e, n in Counter(chosen.tolist()).items():
             mine = slice(start, start + n)
-            out.index_add_(0, rows[mine], experts[e](xs[mine]).mul_(ws[mine]))
             start += n
+            if e >= 0:
+                out.index_add_(0, rows[mine], _apply(experts[e], xs[mine]).mul_(ws[mine]))
         return out
+
+
+def _apply(expert: Expert, x: torch.Tensor) -> torch.Tensor:
+    """x (T, D) -> down(silu(gate x) * up x) (T, D)."""
+    return expert.down(F.silu(expert.gate(x)).mul_(expert.up(x)))
 
 
 def available_memory() -> int:
