@@ -16,7 +16,7 @@ struct Experts {
 
   mimo_matrix stored(std::int64_t format, std::int64_t rows, std::int64_t cols) {
     ++seed;
-    const float size = 1.0F / std::sqrt(static_cast<float>(cols));
+    const float spread = 1.0F / std::sqrt(static_cast<float>(cols));
     if (format == MIMO_NF4 || format == MIMO_MXFP4) {
       bytes.push_back(bits<std::uint8_t>(size(rows * cols / 2), seed));
       if (format == MIMO_MXFP4) {
@@ -30,11 +30,11 @@ struct Experts {
     }
     if (format == MIMO_INT8) {
       bytes.push_back(bits<std::uint8_t>(size(rows * cols), seed));
-      floats.push_back(normal(size(rows), seed, size / 64));
+      floats.push_back(normal(size(rows), seed, spread / 64));
       return matrix(format, bytes.back().get(), floats.back().get(), rows, cols);
     }
     if (format == MIMO_BF16) {
-      const Exact<float> wide = normal(size(rows * cols), seed, size);
+      const Exact<float> wide = normal(size(rows * cols), seed, spread);
       halves.emplace_back(size(rows * cols));
       for (std::size_t i = 0; i < halves.back().bytes() / 2; ++i) {
         std::uint32_t word;
@@ -43,7 +43,7 @@ struct Experts {
       }
       return matrix(format, halves.back().get(), nullptr, rows, cols);
     }
-    floats.push_back(normal(size(rows * cols), seed, size));
+    floats.push_back(normal(size(rows * cols), seed, spread));
     return matrix(format, floats.back().get(), nullptr, rows, cols);
   }
 
@@ -77,7 +77,8 @@ struct Step {
   Exact<float> weights;
 };
 
-Exact<float> run(const mimo_table *table, Experts &experts, Step &step, std::int64_t most_pairs = 0, std::int64_t row = -1) {
+Exact<float> run(const mimo_table *table, Experts &experts, Step &step, std::int64_t most_pairs = 0,
+                 std::int64_t row = -1) {
   const std::int64_t T = row < 0 ? step.T : 1;
   const std::int64_t from = std::max<std::int64_t>(row, 0);
   Exact<float> y(size(T * experts.D));
@@ -114,9 +115,9 @@ MIMO_CHECK(moe) {
         for (const mimo_table *table : fast_tables()) {
           mimo_set_threads(1);
           const Exact<float> one = run(table, experts, step);
-          if (T <= mimo::kExactRows) REQUIRE(one == expected, "%s format %d T %d", table->name, static_cast<int>(format), static_cast<int>(T));
+          if (T <= mimo::kExactRows) REQUIRE(one == expected, "%s format %ld T %ld", table->name, format, T);
           mimo_set_threads(3);
-          REQUIRE(run(table, experts, step) == one, "%s format %d T %d threads", table->name, static_cast<int>(format), static_cast<int>(T));
+          REQUIRE(run(table, experts, step) == one, "%s format %ld T %ld threads", table->name, format, T);
         }
       }
     }

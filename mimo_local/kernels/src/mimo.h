@@ -102,10 +102,10 @@ typedef struct mimo_mlp {
 } mimo_mlp;
 
 /* y[t] (+)= sum_j weights[t*K + j] * mlp[ids[t*K + j]](x[t]), x (T, D) and y (T, D) float32 with row pitches ldx, ldy.
- * ids (T, K) int32: -1 leaves the entry out, others < n_mlps and no id twice in a row. weights NULL: all 1. All mlps
- * have the shapes of the first one that is used. A row adds its experts in ascending order of id.
- * accumulate != 0 adds to y, else y is overwritten. Every expert's weights are read once per call (per wave of rows in
- * a very long one). */
+ * ids (T, K) int32: -1 leaves the entry out, others < n_mlps and no id twice in a row; NULL, with K = 1: all 0. weights
+ * NULL: all 1. All mlps have the shapes of the first one that is used (mlps[0] if none is), their formats may differ;
+ * those nobody chose are not looked at. A row adds its experts in ascending order of id. accumulate != 0 adds to y, else
+ * y is overwritten. An mlp's weights are read once per call for every 512 of its rows. */
 MIMO_API int32_t mimo_moe(const mimo_table *table, const mimo_mlp *mlps, int64_t n_mlps, const float *x, int64_t ldx,
                           int64_t T, const int32_t *ids, const float *weights, int64_t K, float *y, int64_t ldy,
                           int32_t accumulate) MIMO_NOEXCEPT;
@@ -124,7 +124,9 @@ typedef struct mimo_router {
   float reserved;
 } mimo_router;
 
-/* x (T, D) -> ids (T, K) int32 in ascending order, weights (T, K). */
+/* x (T, D) -> ids (T, K) int32 in ascending order, weights (T, K). Of equal candidates the lower id is elected, NaN before
+ * every number. With groups, only the topk_group groups with the greatest sums of their two best candidates stand for
+ * election: a group has two experts at least, the chosen ones K together. */
 MIMO_API int32_t mimo_route(const mimo_table *table, const mimo_router *router, const float *x, int64_t ldx, int64_t T,
                             int32_t *ids, float *weights) MIMO_NOEXCEPT;
 
