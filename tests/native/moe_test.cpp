@@ -95,7 +95,7 @@ Exact<float> run(const mimo_table *table, Experts &experts, Step &step, std::int
   return y;
 }
 
-constexpr std::int64_t kFormats[] = {MIMO_NF4, MIMO_INT8, MIMO_BF16, MIMO_F32};
+constexpr std::int64_t kFormats[] = {MIMO_NF4, MIMO_MXFP4, MIMO_INT8, MIMO_BF16, MIMO_F32};
 
 // Rows alone, rows in company, on every table: the same bits up to kExactRows; beyond, the same for any threads.
 MIMO_CHECK(moe) {
