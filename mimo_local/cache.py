@@ -73,24 +73,29 @@ class RingKV(_Store):
         self.pending: tuple[torch.Tensor, torch.Tensor] | None = None
         """The last rows of a step too long for the spare room, until it is committed."""
 
-    def append(self, length: int, k: torch.Tensor, v: torch.Tensor) -> View:
-        """Rows length - (W-1) .. length + T, the new ones uncommitted."""
+    def room(self, length: int, n_new: int) -> View:
+        """Rows first .. length + n_new with the last n_new still to be written, uncommitted."""
         self.pending = None
-        n_new = k.shape[0]
-        start = max(self.first, length - self.need)
         if length - self.first + n_new > self.k.shape[0]:
             self._shift(max(self.first, length - self.keep), length)
-        base, row = start - self.first, length - self.first
+        row = length - self.first
         if row + n_new <= self.k.shape[0]:
             # Beyond `length` nothing is valid yet: a failed step leaves only unread bytes behind.
-            self.k[row : row + n_new] = k
-            self.v[row : row + n_new] = v
-            return View(self.k[base : row + n_new], self.v[base : row + n_new], start)
-        all_k = torch.cat((self.k[base:row], k.to(self.k.dtype)))
-        all_v = torch.cat((self.v[base:row], v.to(self.v.dtype)))
-        tail = min(n_new, self.keep)
-        self.pending = (all_k[-tail:].clone(), all_v[-tail:].clone()) if tail else (k[:0], v[:0])
+            return View(self.k[: row + n_new], self.v[: row + n_new], self.first)
+        start = max(self.first, length - self.need)
+        base = start - self.first
+        size = row - base + n_new
+        all_k, all_v = (_like(old, size) for old in (self.k, self.v))
+        all_k[: row - base], all_v[: row - base] = self.k[base:row], self.v[base:row]
+        self.pending = (all_k[-n_new:], all_v[-n_new:])
         return View(all_k, all_v, start)
+
+    def settle(self) -> None:
+        """Of the rows written into `room` for a long step, keep only those `advance` will need."""
+        if self.pending is not None:
+            k, v = self.pending
+            tail = min(k.shape[0], self.keep)
+            self.pending = (k[k.shape[0] - tail :].clone(), v[v.shape[0] - tail :].clone())
 
     def advance(self, length: int, n_new: int) -> None:
         """Commit the rows of the last append; `length` is the one before them."""
@@ -141,14 +146,15 @@ class FullKV(_Store):
         self.k = _empty((capacity, spec.kv_heads, spec.head_dim), dtype, device)
         self.v = _empty((capacity, spec.kv_heads, spec.v_head_dim), dtype, device)
 
-    def append(self, length: int, k: torch.Tensor, v: torch.Tensor) -> View:
-        """All rows and the new ones, the new ones uncommitted."""
-        end = length + k.shape[0]
+    def room(self, length: int, n_new: int) -> View:
+        """All rows and n_new more, which are still to be written, uncommitted."""
+        end = length + n_new
         if end > self.k.shape[0]:
             self._grow(length, end)
-        self.k[length:end] = k
-        self.v[length:end] = v
         return View(self.k[:end], self.v[:end], 0)
+
+    def settle(self) -> None:
+        """Nothing to do."""
 
     def advance(self, length: int, n_new: int) -> None:
         """Nothing to do: rows below the cache's length count."""
@@ -171,7 +177,9 @@ class FullKV(_Store):
 
     def load(self, first: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Take over rows 0 .. k.shape[0]."""
-        self.append(0, k, v)
+        view = self.room(0, k.shape[0])
+        view.k.copy_(k)
+        view.v.copy_(v)
 
 
 @dataclass(eq=False)
@@ -228,7 +236,23 @@ class KVCache:
         Appending again before `advance` replaces them. Rounded to the storage dtype, and the view
         shows the rounded rows: a prompt read in pieces attends to what it would see whole.
         """
-        return self.layers[layer].append(self.length, k, v)
+        n, store = k.shape[0], self.layers[layer]
+        view = store.room(self.length, n)
+        view.k[view.k.shape[0] - n :] = k
+        view.v[view.v.shape[0] - n :] = v
+        store.settle()
+        return view
+
+    def room(self, layer: int, n: int) -> View:
+        """As `append`, with the last n rows of the view still to be written by the caller.
+
+        Once they are, `settle(layer)`: only `advance` is left to do.
+        """
+        return self.layers[layer].room(self.length, n)
+
+    def settle(self, layer: int) -> None:
+        """The rows asked for by `room` are written: let go of what `advance` will not need."""
+        self.layers[layer].settle()
 
     def advance(self, n: int) -> None:
         """Commit the n rows every layer has been given."""
@@ -330,6 +354,10 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     # A buffer made inside inference mode could not be written outside it, as `restore` does.
     with torch.inference_mode(False):
         return torch.empty(shape, dtype=dtype, device=device)
+
+
+def _like(old: torch.Tensor, rows: int) -> torch.Tensor:
+    return _empty((rows, *old.shape[1:]), old.dtype, old.device)
 
 
 def _checksum(facts: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:

@@ -7,14 +7,17 @@ in. Knows ids and tensors, no text and no sampling. Called by `generate` and `en
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 
-from mimo_local import ops
+from mimo_local import kernels, ops
+from mimo_local.blocks import KV_DTYPES, NativeAttention, NativeMixture, mlp_of, sequences_of
 from mimo_local.cache import KVCache
 from mimo_local.config import Attention as Kind
 from mimo_local.config import LayerSpec, ModelConfig
@@ -49,6 +52,8 @@ class _Step:
     counts: list[int]
     rope: dict[Kind, tuple[torch.Tensor, torch.Tensor]]
     """cos and sin (T, 1, r) by kind of attention."""
+    sequences: ctypes.Array[kernels.Sequence] | None
+    """The caches as the native library sees them; None where it cannot be used."""
 
 
 class Attention:
@@ -90,18 +95,17 @@ class Attention:
 
 
 class MLP:
-    """down(silu(gate x) * up x); gate and up are one product."""
+    """down(silu(gate x) * up x)."""
 
     def __init__(self, weights: Weights, spec: LayerSpec) -> None:
         prefix = f"model.layers.{spec.index}.mlp."
-        self.width = spec.intermediate
-        self.gate_up = stack([weights.linear(f"{prefix}{p}_proj.weight") for p in ("gate", "up")])
+        self.gate = weights.linear(prefix + "gate_proj.weight")
+        self.up = weights.linear(prefix + "up_proj.weight")
         self.down = weights.linear(prefix + "down_proj.weight")
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x (T, D) -> (T, D)."""
-        joint = self.gate_up(x)
-        return self.down(F.silu(joint[:, : self.width]).mul_(joint[:, self.width :]))
+        return self.down(F.silu(self.gate(x)).mul_(self.up(x)))
 
 
 class MoE:
@@ -129,7 +133,7 @@ class Layer:
     ) -> None:
         prefix = f"model.layers.{spec.index}."
         self.name = f"layers.{spec.index}"
-        self.eps = config.rms_eps
+        self.config = config
         self.input_norm = weights.tensor(prefix + "input_layernorm.weight")
         self.post_norm = weights.tensor(prefix + "post_attention_layernorm.weight")
         self.attention = Attention(weights, spec, config)
@@ -139,15 +143,59 @@ class Layer:
 
     def __call__(self, x: torch.Tensor, step: _Step, trace: Trace | None) -> torch.Tensor:
         """x (T, D) -> (T, D), in place."""
-        attended = self.attention(ops.rms_norm(x, self.input_norm, self.eps), step)
+        if step.sequences is not None and trace is None:
+            self._native_attention(x, step.caches, step.sequences, self._rope(step), None)
+            self._native_mlp(x, None)
+            return x
+        attended = self._attended(x, step)
         x.add_(attended)
-        mixed = self.mlp(ops.rms_norm(x, self.post_norm, self.eps))
+        mixed = self._mixed(x, step)
         x.add_(mixed)
         if trace is not None:
             trace(f"{self.name}.attention", attended)
             trace(f"{self.name}.mlp", mixed)
             trace(self.name, x.clone())
         return x
+
+    def _rope(self, step: _Step) -> tuple[torch.Tensor, torch.Tensor]:
+        return step.rope[self.attention.spec.attention]
+
+    def _attended(self, x: torch.Tensor, step: _Step) -> torch.Tensor:
+        if step.sequences is None:
+            return self.attention(ops.rms_norm(x, self.input_norm, self.config.rms_eps), step)
+        delta = torch.empty_like(x)
+        self._native_attention(x, step.caches, step.sequences, self._rope(step), delta)
+        return delta
+
+    def _mixed(self, x: torch.Tensor, step: _Step) -> torch.Tensor:
+        if step.sequences is None:
+            return self.mlp(ops.rms_norm(x, self.post_norm, self.config.rms_eps))
+        delta = torch.empty_like(x)
+        self._native_mlp(x, delta)
+        return delta
+
+    # Built when a step first needs them; they hold addresses into the parts above.
+
+    @cached_property
+    def _native_attention(self) -> NativeAttention:
+        part = self.attention
+        return NativeAttention(
+            kernels.loaded(), part.spec, self.config, norm=self.input_norm,
+            qkv=part.qkv, out=part.out, sink=part.sink, value_scale=part.value_scale,
+        )  # fmt: skip
+
+    @cached_property
+    def _native_mlp(self) -> NativeMixture:
+        part = self.mlp
+        if isinstance(part, MLP):
+            mlps = (kernels.Mlp * 1)(mlp_of(part.gate, part.up, part.down))
+            config, router, keep = self.config, None, part
+        else:
+            mlps, keep = part.experts.mlps(part.layer)
+            config, router = part.config, (part.router, part.bias)
+        return NativeMixture(
+            kernels.loaded(), config, norm=self.post_norm, mlps=mlps, router=router, keep=keep
+        )
 
 
 class Model:
@@ -202,7 +250,8 @@ class Model:
         counts = [segment.ids.shape[0] for segment in segments]
         spans = [(s.cache.length, n) for s, n in zip(segments, counts, strict=True)]
         rope = {kind: table.rows(spans) for kind, table in self.ropes.items()}
-        step = _Step([segment.cache for segment in segments], counts, rope)
+        caches = [segment.cache for segment in segments]
+        step = _Step(caches, counts, rope, self._sequences(caches, counts))
         x = self.embedding.rows(ids)
         if trace is not None:
             trace("embedding", x.clone())
@@ -218,6 +267,16 @@ class Model:
         for cache, n in zip(step.caches, counts, strict=True):
             cache.advance(n)
         return x
+
+    def _sequences(
+        self, caches: list[KVCache], counts: list[int]
+    ) -> ctypes.Array[kernels.Sequence] | None:
+        """The step for the native library, which serves this machine's memory and one KV dtype."""
+        if kernels.get() is None or self.norm.device.type != "cpu":
+            return None
+        if len({cache.dtype for cache in caches}) > 1 or caches[0].dtype not in KV_DTYPES:
+            return None
+        return sequences_of(caches, counts)
 
     def _check(self, segments: Sequence[Segment]) -> torch.Tensor:
         """All ids in one tensor, after refusing what no forward can process."""

@@ -15,6 +15,7 @@ from typing import Literal, Protocol, TypeAlias
 
 import torch
 
+from mimo_local import kernels
 from mimo_local.config import LayerSpec, ModelConfig
 from mimo_local.errors import CheckpointError, ModelFilesError, PackError
 from mimo_local.events import Progress
@@ -42,6 +43,11 @@ class QuantLinear:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """X (T, cols) f32 -> (T, rows) f32."""
         return self.format.matmul(x, self.parts)
+
+    def matrix(self) -> kernels.Matrix:
+        """The addresses of the parts, which this object keeps alive."""
+        self.parts = {name: part.contiguous() for name, part in self.parts.items()}
+        return self.format.matrix(self.parts)
 
     @property
     def nbytes(self) -> int:

@@ -263,6 +263,14 @@ def get() -> Kernels | None:
     return _load()[0]
 
 
+def loaded() -> Kernels:
+    """As `get`, for callers that know it is there; NativeError if it is not after all."""
+    kernels = get()
+    if kernels is None:
+        raise NativeError("the native kernels are not loaded", hint=why_unavailable())
+    return kernels
+
+
 def why_unavailable() -> str:
     """Why get() is None, in one sentence with the next step; "" when it is not."""
     return _load()[1]

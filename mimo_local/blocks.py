@@ -1,0 +1,128 @@
+"""Half a layer in one call of the native library: attention, or the MLP or mixture, each with its
+norm and residual.
+
+Turns loaded weights into the structs of addresses the library reads (`kernels/src/mimo.h`) and keeps
+them alive; knows no arithmetic. The torch way through the same layer stands in `model`, is taken
+where there is no library, and is what these calls are tested against. Called by `model`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from mimo_local import kernels
+from mimo_local.cache import KVCache
+from mimo_local.config import LayerSpec, ModelConfig
+from mimo_local.weights import QuantLinear
+
+
+KV_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+"""Dtypes of a cache the library reads -> `mimo_heads.kv_bf16`."""
+
+
+def sequences_of(caches: list[KVCache], counts: list[int]) -> ctypes.Array[kernels.Sequence]:
+    """What every layer of a step shares: where each cache stands and how many rows it gets."""
+    sequences = (kernels.Sequence * len(caches))()
+    for sequence, cache, n in zip(sequences, caches, counts, strict=True):
+        sequence.start, sequence.T = cache.length, n
+    return sequences
+
+
+class NativeAttention:
+    """norm, q/k/v, rotary positions, new rows into the cache, attention, output, residual."""
+
+    def __init__(
+        self,
+        native: kernels.Kernels,
+        spec: LayerSpec,
+        config: ModelConfig,
+        *,
+        norm: torch.Tensor,
+        qkv: QuantLinear,
+        out: QuantLinear,
+        sink: torch.Tensor | None,
+        value_scale: float,
+    ) -> None:
+        self._native, self._layer = native, spec.index
+        self._keep = (norm, qkv, out, sink)
+        self._block = {
+            dtype: kernels.AttentionBlock(
+                kernels.Heads(
+                    spec.heads, spec.kv_heads, spec.head_dim, spec.v_head_dim,
+                    spec.window or 0, None if sink is None else sink.data_ptr(), bf16,
+                ),
+                qkv.matrix(), out.matrix(), norm.data_ptr(),
+                config.rms_eps, value_scale, spec.rotary_dim,
+            )
+            for dtype, bf16 in KV_DTYPES.items()
+        }  # fmt: skip
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        caches: list[KVCache],
+        sequences: ctypes.Array[kernels.Sequence],
+        rope: tuple[torch.Tensor, torch.Tensor],
+        delta: torch.Tensor | None,
+    ) -> None:
+        """x (T, D) f32 in place; or the change to it into `delta` (T, D) and x stays.
+
+        rope: cos, sin (T, 1, r). Caches hold float32 or bfloat16, all the same.
+        """
+        layer, block = self._layer, self._block[caches[0].dtype]
+        for cache, sequence in zip(caches, sequences, strict=True):
+            view = cache.room(layer, sequence.T)
+            sequence.k, sequence.v = view.k.data_ptr(), view.v.data_ptr()
+            sequence.first = view.first_position
+        self._native.call(
+            "attention", ctypes.addressof(block), x.data_ptr(), x.shape[0],
+            rope[0].data_ptr(), rope[1].data_ptr(), ctypes.addressof(sequences), len(caches),
+            None if delta is None else delta.data_ptr(),
+        )  # fmt: skip
+        for cache in caches:
+            cache.settle(layer)
+
+
+class NativeMixture:
+    """norm, router (if there is one), experts or the one MLP, residual."""
+
+    def __init__(
+        self,
+        native: kernels.Kernels,
+        config: ModelConfig,
+        *,
+        norm: torch.Tensor,
+        mlps: ctypes.Array[kernels.Mlp],
+        router: tuple[torch.Tensor, torch.Tensor] | None,
+        keep: object,
+    ) -> None:
+        """`router`: weight (E, D) and election bias (E,), float32; None for a dense layer."""
+        self._native = native
+        self._keep = (norm, mlps, router, keep)
+        self._router = None
+        if router is not None:
+            weight, bias = router
+            self._router = kernels.Router(
+                weight.data_ptr(), bias.data_ptr(), *weight.shape, config.experts_per_token,
+                config.n_group, config.topk_group, config.norm_topk_prob,
+                config.routed_scaling_factor, 0.0,
+            )  # fmt: skip
+        self._block = kernels.MlpBlock(
+            norm.data_ptr(), ctypes.addressof(mlps), len(mlps),
+            None if self._router is None else ctypes.addressof(self._router),
+            config.rms_eps, 0.0,
+        )  # fmt: skip
+
+    def __call__(self, x: torch.Tensor, delta: torch.Tensor | None) -> None:
+        """As `NativeAttention`."""
+        self._native.call(
+            "mixture", ctypes.addressof(self._block), x.data_ptr(), x.shape[0],
+            None if delta is None else delta.data_ptr(),
+        )  # fmt: skip
+
+
+def mlp_of(gate: QuantLinear, up: QuantLinear, down: QuantLinear) -> kernels.Mlp:
+    """The addresses of one MLP; the matrices must outlive it."""
+    return kernels.Mlp(gate.matrix(), up.matrix(), down.matrix())
