@@ -46,11 +46,11 @@ void write_kv(const AttentionCall &call, std::int64_t t, const float *k, const f
   const std::int64_t n_k = heads.kv_heads * heads.dk;
   const std::int64_t n_v = heads.kv_heads * heads.dv;
   if (heads.kv_bf16 != 0) {
-    call.table->to_bf16(k, n_k, 1.0F, static_cast<std::uint16_t *>(sequence->k) + row * n_k);
-    call.table->to_bf16(v, n_v, call.block->value_scale, static_cast<std::uint16_t *>(sequence->v) + row * n_v);
+    call.table->scale_row_bf16(k, 1.0F, n_k, static_cast<std::uint16_t *>(sequence->k) + row * n_k);
+    call.table->scale_row_bf16(v, call.block->value_scale, n_v, static_cast<std::uint16_t *>(sequence->v) + row * n_v);
   } else {
-    call.table->scale(k, n_k, 1.0F, static_cast<float *>(sequence->k) + row * n_k);
-    call.table->scale(v, n_v, call.block->value_scale, static_cast<float *>(sequence->v) + row * n_v);
+    call.table->scale_row(k, 1.0F, n_k, static_cast<float *>(sequence->k) + row * n_k);
+    call.table->scale_row(v, call.block->value_scale, n_v, static_cast<float *>(sequence->v) + row * n_v);
   }
 }
 
@@ -60,7 +60,7 @@ void run_rotate_and_write(void *context, std::int64_t begin, std::int64_t end, v
   const std::int64_t rotary = call.block->rotary;
   for (std::int64_t t = begin; t < end; ++t) {
     float *row = call.qkv + t * call.block->qkv.rows;
-    call.table->rotate(row, call.qk_heads(), heads.dk, rotary, call.cos + t * rotary, call.sin + t * rotary);
+    call.table->rotate_row(row, call.qk_heads(), heads.dk, rotary, call.cos + t * rotary, call.sin + t * rotary);
     write_kv(call, t, row + heads.heads * heads.dk, row + call.qk_heads() * heads.dk);
   }
 }
@@ -121,10 +121,6 @@ bool sensible_block(const mimo_attention_block &block, const mimo_kv *sequences,
   return rows == T;
 }
 
-void add(float *x, const float *delta, std::int64_t n) noexcept {
-  for (std::int64_t i = 0; i < n; ++i) x[i] += delta[i];
-}
-
 void attention(const mimo_table &table, const mimo_attention_block &block, float *x, std::int64_t T, const float *cos,
                const float *sin, const mimo_kv *sequences, std::int64_t n, float *delta) {
   const std::int64_t D = block.qkv.cols;
@@ -136,7 +132,7 @@ void attention(const mimo_table &table, const mimo_attention_block &block, float
                        part,   found};
     float *out = delta != nullptr ? delta + t * D : floats(kSlotDelta, rows * D);
     attention_rows(call, rows, out);
-    if (delta == nullptr) add(x + t * D, out, rows * D);
+    if (delta == nullptr) table.add_scaled(out, 1.0F, rows * D, x + t * D);
   }
 }
 

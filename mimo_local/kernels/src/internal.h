@@ -165,6 +165,19 @@ std::int64_t stored_row_bytes(std::int64_t format, std::int64_t cols) noexcept; 
 // slot; asking again with more bytes loses the old content. 64-aligned. Throws std::bad_alloc.
 enum Slot : int { kSlotX = 0, kSlotHidden, kSlotOut, kSlotBlock, kSlotQkv, kSlotAttend, kSlotPlan, kSlotAlone, kSlots };
 enum Slot : int { kSlotX = 0, kSlotHidden, kSlotOut, kSlotBlock, kSlotQkv, kSlotAttend, kSlotDelta, kSlotKv, kSlotIds, kSlotWeights, kSlots };
+enum Slot : int {
+  kSlotX,
+  kSlotHidden,
+  kSlotOut,
+  kSlotBlock,
+  kSlotQkv,
+  kSlotAttend,
+  kSlotDelta,
+  kSlotKv,
+  kSlotIds,
+  kSlotWeights,
+  kSlots
+};
 void *scratch(Slot slot, std::int64_t bytes);
 
 // y = x W^T by whichever way is faster, arguments already checked: what mimo_matmul does. Throws std::bad_alloc.

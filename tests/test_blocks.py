@@ -1,0 +1,149 @@
+"""One native call per half a layer, against the torch way through the same layer."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from mimo_local import kernels
+from mimo_local.errors import NativeError
+from mimo_local.experts import ExpertStore
+from mimo_local.model import Model, Segment
+from mimo_local.weights import open_weights
+from quant.convert import Recipe, convert
+
+pytestmark = pytest.mark.skipif(kernels.get() is None, reason="needs the native kernels")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def load(folder: Path) -> Model:
+    weights = open_weights(folder)
+    return Model(weights, ExpertStore(weights))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    d = tiny.config(
+        "fsfs", "dmmm", window=6, full_sink=True, hidden=64, top_k=3,
+        intermediate=128, moe_intermediate=64,
+    )  # fmt: skip
+    return tiny.write(tmp_path_factory.mktemp("blocks"), d, seed=5)
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Path) -> Model:
+    return load(checkpoint)
+
+
+def ids_for(model: Model, n: int, seed: int = 0) -> torch.Tensor:
+    return tiny.prompt({"vocab_size": model.config.vocab_size}, n, seed=seed)
+
+
+def torch_way(model: Model, segments: list[Segment]) -> torch.Tensor:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "get", lambda: None)
+        return model.forward(segments)
+
+
+def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lengths", [[1], [4], [9], [40], [700], [3, 1, 30], [500, 30, 2]])
+def test_native_layers_equal_torch_layers(
+    model: Model, lengths: list[int], dtype: torch.dtype
+) -> None:
+    """700 rows, and 500 + 30, cross the 512 a block takes at once."""
+
+    def segments() -> list[Segment]:
+        made = []
+        for i, n in enumerate(lengths):
+            cache = model.new_cache(dtype=dtype)
+            if i != 1:  # the second sequence starts from nothing
+                torch_way(model, [Segment(ids_for(model, 20, seed=9 + i), cache)])
+            made.append(Segment(ids_for(model, n, seed=i), cache))
+        return made
+
+    native, twin = segments(), segments()
+    found, wanted = model.forward(native), torch_way(model, twin)
+    # In bf16 a last-bit difference of a key may round the other way: 2^-9 of it.
+    assert relative(found, wanted) < (1e-5 if dtype == torch.float32 else 2e-3)
+    for one, other in zip(native, twin, strict=True):
+        assert one.cache.length == other.cache.length
+        for mine, theirs in zip(one.cache.layers, other.cache.layers, strict=True):
+            first, k, v = mine.rows(one.cache.length)
+            first_too, k_too, v_too = theirs.rows(other.cache.length)
+            skip = max(first, first_too)
+            assert relative(k[skip - first :].float(), k_too[skip - first_too :].float()) < 5e-3
+            assert relative(v[skip - first :].float(), v_too[skip - first_too :].float()) < 5e-3
+
+
+@pytest.mark.parametrize("fmt", ["nf4", "int8"])
+def test_a_quantised_layer_is_the_torch_layer_but_for_rounded_activations(
+    checkpoint: Path, tmp_path: Path, fmt: str
+) -> None:
+    convert(checkpoint, tmp_path / "pack", Recipe.for_format(fmt))
+    model = load(tmp_path / "pack")
+    for n in (1, 7, 33):
+        ids = ids_for(model, n)
+        found = model.forward([Segment(ids, model.new_cache())])
+        wanted = torch_way(model, [Segment(ids, model.new_cache())])
+        # Activations in 8 bits: 0.7 % a product, through 4 layers whose routing may flip a choice.
+        assert relative(found, wanted) < 0.05
+
+
+def test_the_change_alone_is_what_would_be_added(model: Model) -> None:
+    ids = ids_for(model, 12)
+    seen: dict[str, torch.Tensor] = {}
+    traced = model.forward([Segment(ids, model.new_cache())], trace=seen.__setitem__)
+    assert torch.equal(traced, model.forward([Segment(ids, model.new_cache())]))
+    before = seen["embedding"]
+    for i in range(model.config.n_layers):
+        after = before + seen[f"layers.{i}.attention"] + seen[f"layers.{i}.mlp"]
+        torch.testing.assert_close(seen[f"layers.{i}"], after)
+        before = seen[f"layers.{i}"]
+
+
+def test_caches_of_two_kinds_in_one_step_take_the_torch_way(model: Model) -> None:
+    ids = ids_for(model, 5)
+    dtypes = (torch.float32, torch.bfloat16)
+    both = model.forward([Segment(ids, model.new_cache(dtype=dtype)) for dtype in dtypes])
+    assert relative(both[5:], both[:5]) < 5e-3
+
+
+def test_shapes_that_do_not_belong_together_are_refused(model: Model) -> None:
+    attention = model.layers[0]._native_attention
+    block = attention._block[torch.float32]
+    cache, x = model.new_cache(), torch.zeros(2, model.config.hidden_size)
+    rope = model.ropes["full"].rows([(0, 2)])
+    good = (block.qkv.rows, block.out.cols, block.rotary, block.heads.kv_heads)
+
+    def call(counts: list[int]) -> None:
+        sequences = (kernels.Sequence * len(counts))()
+        for sequence, n in zip(sequences, counts, strict=True):
+            sequence.T = n
+        attention(x, [cache] * len(counts), sequences, rope, None)
+
+    with pytest.raises(NativeError):
+        call([3])  # rows of the sequences and of x
+    for change in ((1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 99, 0), (0, 0, 0, 1)):
+        values = [a + b for a, b in zip(good, change, strict=True)]
+        block.qkv.rows, block.out.cols, block.rotary, block.heads.kv_heads = values
+        with pytest.raises(NativeError):
+            call([2])
+    block.qkv.rows, block.out.cols, block.rotary, block.heads.kv_heads = good
+    call([2])
+    assert ctypes.sizeof(kernels.AttentionBlock) == 7 * 8 + 2 * 40 + 8 + 8 + 8
