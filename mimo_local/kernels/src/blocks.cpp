@@ -76,7 +76,7 @@ void attention_rows(AttentionCall &call, std::int64_t rows, float *out) {
   const std::int64_t n_out = block.heads.heads * block.heads.dv;
   call.normed = floats(kSlotBlock, rows * D);
   call.qkv = floats(kSlotQkv, rows * block.qkv.rows);
-  float *attended = floats(kSlotAttend, rows * n_out);
+  float *attended = floats(kSlotAttended, rows * n_out);
   parallel_for(rows, kRowGrain, run_norm, &call);
   multiply(*call.table, block.qkv, call.normed, D, rows, call.qkv, block.qkv.rows);
   parallel_for(rows, kRowGrain, run_rotate_and_write, &call);

@@ -172,6 +172,7 @@ enum Slot : int {
   kSlotBlock,
   kSlotQkv,
   kSlotAttend,
+  kSlotAttended,
   kSlotDelta,
   kSlotKv,
   kSlotIds,
