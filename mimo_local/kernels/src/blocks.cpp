@@ -138,7 +138,7 @@ void attention(const mimo_table &table, const mimo_attention_block &block, float
 
 // ids and weights of the rows, and the experts' sum into y.
 void mixture_rows(const mimo_table &table, const mimo_mlp_block &block, const float *normed, std::int64_t rows,
-                  std::int64_t D, float *y, bool accumulate) {
+                  std::int64_t D, float *y) {
   const std::int64_t K = block.router == nullptr ? 1 : block.router->K;
   auto *ids = static_cast<std::int32_t *>(scratch(kSlotIds, rows * K * 4));
   float *weights = nullptr;
@@ -150,7 +150,7 @@ void mixture_rows(const mimo_table &table, const mimo_mlp_block &block, const fl
     std::fill(ids, ids + rows, 0);
   }
   if (status == MIMO_OK) {
-    status = mimo_moe(&table, block.mlps, block.n_mlps, normed, D, rows, ids, weights, K, y, D, accumulate ? 1 : 0);
+    status = mimo_moe(&table, block.mlps, block.n_mlps, normed, D, rows, ids, weights, K, y, D, 0);
   }
   if (status != MIMO_OK) throw status;
 }
@@ -193,8 +193,10 @@ int32_t mimo_mixture(const mimo_table *table, const mimo_mlp_block *block, float
     float *normed = mimo::floats(mimo::kSlotBlock, T * D);
     const std::int32_t status = mimo_rms_norm(table, x, D, T, D, block->norm, block->eps, normed, D);
     if (status != MIMO_OK) return status;
-    float *y = delta != nullptr ? delta : x;
-    mimo::mixture_rows(*table, *block, normed, T, D, y, delta == nullptr);
+    // Summed apart from x, as with a delta: whether somebody looks at the change must not change it.
+    float *y = delta != nullptr ? delta : mimo::floats(mimo::kSlotDelta, T * D);
+    mimo::mixture_rows(*table, *block, normed, T, D, y);
+    if (delta == nullptr) table->add_scaled(y, 1.0F, T * D, x);
     return MIMO_OK;
   } catch (std::int32_t status) {
     return status;
