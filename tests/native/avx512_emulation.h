@@ -130,6 +130,9 @@ static __mmask16 _mm512_cmp_ps_mask(__m512 a, __m512 b, int how) {
   return static_cast<__mmask16>(mask);
 }
 
+static __m512 _mm512_castsi512_ps(__m512i a) { return emu_load<__m512>(&a); }
+static __m512i _mm512_castps_si512(__m512 a) { return emu_load<__m512i>(&a); }
+
 // ---- elementwise and attention --------------------------------------------------------------------------------------
 
 static __m512 _mm512_sub_ps(__m512 a, __m512 b) { EMU_EACH(__m512, a.v[i] - b.v[i]); }
@@ -145,6 +148,29 @@ static __m256i _mm512_cvtepi32_epi16(__m512i a) {
   }
   return r;
 }
+static __m512 _mm512_mask_mov_ps(__m512 src, __mmask16 m, __m512 a) {
+  EMU_EACH(__m512, (m >> i & 1) != 0 ? a.v[i] : src.v[i]);
+}
+static __m512i _mm512_castsi128_si512(__m128i a) {
+  __m512i r = {};
+  std::memcpy(&r, &a, sizeof a);
+  return r;
+}
+static __m512i _mm512_inserti32x4(__m512i a, __m128i b, int quarter) {
+  std::memcpy(a.v + 4 * quarter, &b, sizeof b);
+  return a;
+}
+// Within each group of four lanes: the low or the high two of both, alternating.
+static __m512i emu_unpack32(__m512i a, __m512i b, int from) {
+  EMU_EACH(__m512i, (i % 2 == 0 ? a : b).v[i / 4 * 4 + from + i % 4 / 2]);
+}
+static __m512i _mm512_unpacklo_epi32(__m512i a, __m512i b) { return emu_unpack32(a, b, 0); }
+static __m512i _mm512_unpackhi_epi32(__m512i a, __m512i b) { return emu_unpack32(a, b, 2); }
+static __m512i emu_unpack64(__m512i a, __m512i b, int from) {
+  EMU_EACH(__m512i, (i % 4 < 2 ? a : b).v[i / 4 * 4 + from + i % 2]);
+}
+static __m512i _mm512_unpacklo_epi64(__m512i a, __m512i b) { return emu_unpack64(a, b, 0); }
+static __m512i _mm512_unpackhi_epi64(__m512i a, __m512i b) { return emu_unpack64(a, b, 2); }
 static void _mm256_storeu_si256(__m256i *p, __m256i a) { std::memcpy(static_cast<void *>(p), &a, sizeof a); }
 
 // ---- 64-bit lanes, casts --------------------------------------------------------------------------------------------
@@ -163,8 +189,6 @@ static __m128i _mm512_cvtepi64_epi8(__m512i a) {
   for (int i = 0; i < 8; ++i) r.b[i] = static_cast<std::uint8_t>(a.v[2 * i]);
   return r;
 }
-static __m512 _mm512_castsi512_ps(__m512i a) { return emu_load<__m512>(&a); }
-static __m512i _mm512_castps_si512(__m512 a) { return emu_load<__m512i>(&a); }
 static float _mm512_cvtss_f32(__m512 a) { return a.v[0]; }
 
 // ---- across lanes ---------------------------------------------------------------------------------------------------

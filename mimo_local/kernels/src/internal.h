@@ -140,6 +140,52 @@ using RotateRow = void (*)(float *x, std::int64_t heads, std::int64_t dim, std::
 using ReadStreams = std::uint32_t (*)(const void *data, std::int64_t bytes, std::int64_t streams) noexcept;
 // The fastest multiply-add there is, from registers only -> how many were done; time grows with `rounds`.
 using ProductPeak = std::int64_t (*)(std::int64_t rounds) noexcept;
+// ---- attention: attention.inc, attention.cpp ------------------------------------------------------------------------
+
+inline constexpr std::int64_t kAttendKeys = 256;  // keys of a step: 256 scores of 128 rows are a quarter of a 512 KB cache
+
+// Some rows of queries of one sequence and the keys and values of the head they use.
+struct AttendJob {
+  const void *k;  // of position `first`
+  const void *v;
+  std::int64_t k_pitch;  // elements from one position to the next
+  std::int64_t v_pitch;
+  std::int64_t first;  // stored are the positions [first, end)
+  std::int64_t end;
+  std::int64_t dk;
+  std::int64_t dv;
+  bool bf16;
+  std::int64_t rows;
+  const float *q;             // (rows, dk), already scaled
+  const std::int64_t *low;    // row r sees the positions [low[r], high[r]), all of them stored
+  const std::int64_t *high;
+};
+
+// What a row has seen so far: the largest score, the sum of e^(score - most), the values weighted with these. At first
+// kAttendNothing, 0 and zeros.
+struct AttendState {
+  float *most;   // (rows)
+  float *total;  // (rows)
+  float *out;    // (rows, dv rounded up to 16)
+};
+inline constexpr float kAttendNothing = -0x1.fffffep127F;  // not infinity: the difference of two is to be 0
+
+// States of disjoint keys to the rows' results; `most` and `total` (parts, rows rounded up to 16) are used up.
+struct AttendMerge {
+  std::int64_t rows;
+  std::int64_t parts;
+  std::int64_t dv;
+  float *most;
+  const float *total;
+  const float *out;   // (parts, rows, dv rounded up to 16)
+  const float *sink;  // (rows rounded up to 16), -infinity where there is none
+  float *const *to;   // (rows) addresses of dv floats
+};
+
+using AttendMemory = std::int64_t (*)(std::int64_t rows, std::int64_t dk) noexcept;  // bytes attend_keys needs
+// Goes on over the positions [base, base + kAttendKeys), base a multiple of kAttendKeys.
+using AttendKeys = void (*)(const AttendJob &, std::int64_t base, const AttendState &, void *memory) noexcept;
+using AttendFinish = void (*)(const AttendMerge &) noexcept;
 
 // ---- tables ---------------------------------------------------------------------------------------------------------
 
@@ -258,6 +304,10 @@ struct mimo_table {
   // limits.inc
   mimo::ReadStreams read_streams;
   mimo::ProductPeak product_peak;
+  // attention.inc
+  mimo::AttendMemory attend_memory;
+  mimo::AttendKeys attend_keys;
+  mimo::AttendFinish attend_finish;
 };
 
 #endif
