@@ -223,6 +223,8 @@ enum Slot : int {
   kSlotKv,
   kSlotIds,
   kSlotWeights,
+  kSlotPlan,
+  kSlotAlone,
   kSlots
 };
 void *scratch(Slot slot, std::int64_t bytes);
