@@ -16,7 +16,7 @@ from mimo_local.cache import KVCache
 from mimo_local.errors import CancelledError, ContextOverflowError, UsageError
 from mimo_local.events import Progress
 from mimo_local.experts import ExpertStore
-from mimo_local.model import Model, MoE, Segment
+from mimo_local.model import Layer, Model, MoE, Segment
 from mimo_local.weights import QuantLinear, open_weights
 from quant.convert import Recipe, convert
 
@@ -56,11 +56,16 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
+@pytest.fixture(autouse=True, params=["native", "torch"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Everything here holds for the library's blocks and for the torch way through a layer."""
+    if request.param == "torch":
+        monkeypatch.setattr(kernels, "get", lambda: None)
+    elif kernels.get() is None:
+        pytest.skip("without the native kernels there is only the torch way")
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    yield request.param
     torch.set_num_threads(before)
 
 
@@ -266,12 +271,11 @@ def test_the_bits_of_a_row_do_not_depend_on_its_company(
     assert torch.equal(both[5:], alone[:4])
 
 
+@pytest.mark.parametrize("way", ["native"], indirect=True)
 @pytest.mark.parametrize("fmt", ["int8", "bf16"])
 def test_with_the_kernels_a_draft_has_the_bits_of_one_token_at_a_time(
     fmt: str, tmp_path: Path
 ) -> None:
-    if kernels.get() is None:
-        pytest.skip("without the native kernels torch's products depend on the number of rows")
     folder = tiny.write(tmp_path / "m", tiny.config("fssf", "dmmm", window=6))
     convert(folder, tmp_path / "pack", Recipe.for_format(fmt))
     model = load(tmp_path / "pack")
@@ -330,16 +334,16 @@ def test_a_step_that_fails_leaves_the_cache_as_it_was(
     wanted = logits(small, ids)
     cache = small.new_cache()
     small.prefill(Segment(ids[:37], cache))
-    run, calls = ExpertStore.run, [0]
+    layer, calls = Layer.__call__, [0]
 
     def failing(*args: Any) -> torch.Tensor:
         calls[0] += 1
         if calls[0] > fail_at:
             raise RuntimeError("power failure")
-        return run(*args)
+        return layer(*args)
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power failure"):
-        patch.setattr(ExpertStore, "run", failing)
+        patch.setattr(Layer, "__call__", failing)
         small.forward([Segment(ids_for(small, n_new, seed=8), cache)])
     assert cache.length == 37
     cache.truncate(37 - cache.slack)
