@@ -209,8 +209,6 @@ std::int64_t stored_row_bytes(std::int64_t format, std::int64_t cols) noexcept; 
 
 // Memory of the calling thread that lives until the thread ends, so that a decode step allocates nothing. One block per
 // slot; asking again with more bytes loses the old content. 64-aligned. Throws std::bad_alloc.
-enum Slot : int { kSlotX = 0, kSlotHidden, kSlotOut, kSlotBlock, kSlotQkv, kSlotAttend, kSlotPlan, kSlotAlone, kSlots };
-enum Slot : int { kSlotX = 0, kSlotHidden, kSlotOut, kSlotBlock, kSlotQkv, kSlotAttend, kSlotDelta, kSlotKv, kSlotIds, kSlotWeights, kSlots };
 enum Slot : int {
   kSlotX,
   kSlotHidden,
