@@ -230,20 +230,25 @@ def peak_rss() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def machine(hardware: Hardware) -> dict[str, Any]:
+    """The machine as plain data, without what changes from run to run."""
+    facts = asdict(hardware)
+    # Free space changes and the path is somebody's home: neither is the machine.
+    facts["disk"] = {"filesystem": hardware.disk.filesystem}
+    return facts
+
+
 def document(
     results: Sequence[Result], *, hardware: Hardware, model: str, load_s: float
 ) -> dict[str, Any]:
     """Everything a comparison needs, as one JSON document."""
     from mimo_local import __version__
 
-    machine = asdict(hardware)
-    # Free space changes from run to run and the path is somebody's home: neither is the machine.
-    machine["disk"] = {"filesystem": hardware.disk.filesystem}
     return {
         "tool": "mimo bench",
         "version": __version__,
         "model": model,
-        "machine": machine,
+        "machine": machine(hardware),
         "load_s": round(load_s, 3),
         "peak_rss_bytes": peak_rss(),
         "results": [result.to_dict() for result in results],

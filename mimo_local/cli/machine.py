@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mimo_local.cli import models
+from mimo_local.cli import models, shapes
 from mimo_local.cli.models import JsonOption, ModelOption
 from mimo_local.cli.status import Status, say
 from mimo_local.errors import ExitCode, UsageError
@@ -181,14 +181,37 @@ def bench(
     threads: Threads = None,
     reps: Reps = 3,
     model: ModelOption = None,
+    shape: shapes.Shape = None,
+    layers: shapes.Layers = None,
+    vocab: shapes.Vocab = None,
+    experts: shapes.Experts = None,
+    rest: shapes.Rest = None,
+    context: shapes.Context = None,
+    prefill: shapes.Prefill = None,
+    quick: shapes.Quick = False,
 ) -> int:
-    """Measure tokens per second as llama-bench does.
+    """Measure tokens per second, as llama-bench does or on the real model's shapes.
 
-    Prints a table, then one line of JSON.
+    Prints a table, then one line of JSON. `--shape real` needs no model: it makes layers of random
+    weights and measures them beside what memory, processor and disk can do in the same minutes;
+    Ctrl-C ends that early and keeps what was measured.
     """
     from mimo_local import benchmark, hardware
     from mimo_local.cli import tables
 
+    wished = {
+        "layers": layers, "vocab": vocab, "experts": experts, "rest": rest,
+        "context": counts(context) if context else None,
+        "prefill": counts(prefill) if prefill else None,
+        "quick": quick or None,
+    }  # fmt: skip
+    if shape is not None:
+        if model is not None:
+            raise UsageError("--shape measures no --model", hint="leave one of them out")
+        return shapes.run(shape, counts(threads) if threads else (), wished)
+    for name, value in wished.items():
+        if value is not None:
+            raise UsageError(f"--{name} is for real shapes", hint="add `--shape real`")
     tests = benchmark.plan_tests(counts(n_prompt), counts(n_gen), counts(n_depth))
     counted = counts(threads) if threads else ()
     facts = hardware.detect()
