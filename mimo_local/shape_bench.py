@@ -153,9 +153,9 @@ class ShapeBench:
         model, store = build(self.weights, spare=spare, on_progress=self.on_progress)
         self.made_s = time.perf_counter() - start
         self.slice = Slice(self.weights, model, store, most_rows=max(VERIFY_ROWS))
-        self._step("memory")
+        self._step("measuring memory")
         self.memory = limits.Memory(self.options.probe)
-        self._step("disk")
+        self._step("measuring disk")
         self.disk = limits.disk(self.folder, 0.3 if self.options.quick else 1.0)
         for threads in self._thread_counts():
             self.slice.runner.set_threads(threads)
@@ -166,19 +166,19 @@ class ShapeBench:
                 measure()
                 rates = self.memory.samples
                 figures.limits["stream_gb_s"] = _round(statistics.median(rates))
-        self._step("the end")
+        self._step("measured")
 
     # -- what is measured ----------------------------------------------------------------------
 
     def _stages(self, figures: Figures) -> Iterator[tuple[str, Callable[[], None]]]:
-        n = figures.threads
-        yield f"limits, {n} threads", partial(self._limits, figures)
-        yield f"decode, {n} threads", partial(self._decode, figures)
-        yield f"verify, {n} threads", partial(self._verify, figures)
+        on = f"on {figures.threads} thread{'s' if figures.threads > 1 else ''}"
+        yield f"measuring limits {on}", partial(self._limits, figures)
+        yield f"measuring decode {on}", partial(self._decode, figures)
+        yield f"measuring verify {on}", partial(self._verify, figures)
         for context in self.options.contexts:
-            yield f"attention, {n} threads", partial(self._attention, figures, context)
+            yield f"measuring attention {on}", partial(self._attention, figures, context)
         for tokens in sorted(self.options.prefill):
-            yield f"prefill, {n} threads", partial(self._prefill, figures, tokens)
+            yield f"measuring prefill {on}", partial(self._prefill, figures, tokens)
 
     def _thread_counts(self) -> tuple[int, ...]:
         """The most threads first: their figures are the headline, should the rest be stopped."""
@@ -267,8 +267,7 @@ class ShapeBench:
             expected = tokens / last["tok_s"]
             if expected > self._longest:
                 self.skipped.append(
-                    f"prefill of {tokens} tokens on {figures.threads} threads: about "
-                    f"{expected:.0f} s"
+                    f"prefill {tokens} with --threads {figures.threads}: about {expected:.0f} s"
                 )
                 return
         else:
@@ -318,7 +317,7 @@ class ShapeBench:
         per_count = 3 + len(self.options.contexts) + len(self.options.prefill)
         total = 2 + per_count * len(self._thread_counts())
         if self.on_progress is not None:
-            self.on_progress(Progress(f"measuring {stage}", self._done, total, "steps"))
+            self.on_progress(Progress(stage, self._done, total, "steps"))
         self._done += 1
 
     # -- the report ----------------------------------------------------------------------------

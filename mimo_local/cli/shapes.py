@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mimo_local.cli.status import Status, say
+from mimo_local.cli.status import Status
 from mimo_local.errors import ExitCode, NativeError
 from mimo_local.settings import Paths
 
@@ -45,7 +45,11 @@ Prefill = Annotated[
 Quick = Annotated[bool, typer.Option("--quick", help="fewer repetitions, no long prompts")]
 
 OPTIONS = {"context": "contexts"}  # the option's name -> the field's, where they differ
+LIMITS = ("limit with threads", "RAM GB/s", "streams", "TOP/s", "disk GB/s")
+SPEEDS = ("measured", "threads", "ms", "tok/s", "GB/s", "TOP/s", "of limit")
+VERIFY = ("rows", "threads", "ms, same experts", "any", "experts only, same", "any")
 QUICK_PREFILL = (128, 512)
+SMALL_PROBE = 64 << 20
 
 
 def run(shape: str, threads: tuple[int, ...], wished: Mapping[str, Any]) -> int:
@@ -56,6 +60,8 @@ def run(shape: str, threads: tuple[int, ...], wished: Mapping[str, Any]) -> int:
     given = {OPTIONS.get(key, key): value for key, value in wished.items() if value is not None}
     if given.get("quick"):
         given.setdefault("prefill", QUICK_PREFILL)
+    if shape != "real":  # a caricature for tests needs no gigabytes beside it
+        given["probe"] = SMALL_PROBE
     status = Status()
     bench = ShapeBench(
         Options(shape=shape, threads=threads, **given),
@@ -75,10 +81,7 @@ def run(shape: str, threads: tuple[int, ...], wished: Mapping[str, Any]) -> int:
     found = bench.to_dict(hardware.detect())
     print(text(found))
     print(jsonlib.dumps(found), flush=True)
-    if found["interrupted"]:
-        say("\nstopped: the figures above are those there were")
-        return ExitCode.INTERRUPTED
-    return ExitCode.OK
+    return ExitCode.INTERRUPTED if found["interrupted"] else ExitCode.OK
 
 
 def text(found: Mapping[str, Any]) -> str:
@@ -93,58 +96,45 @@ def text(found: Mapping[str, Any]) -> str:
         f"experts {config['experts']}, rest {config['rest']}: {gb(config['bytes'])}{made}",
         f"{found['machine']['cpu']}, {found['isa']} kernels",
         "",
-        tables.table(
-            ("limits", "threads", "RAM GB/s", "streams", "TOP/s", "disk GB/s"),
-            [
-                (
-                    "", str(run["threads"]),
-                    *(_cell(run["limits"].get(key)) for key in (
-                        "stream_gb_s", "streams", "matmul_tops", "disk_gb_s",
-                    )),
-                )
-                for run in found["runs"]
-            ],
-        ),
+        tables.table(LIMITS, [_limits(run) for run in found["runs"]]),
         "",
-        tables.table(
-            ("measured", "threads", "ms", "tok/s", "GB/s", "TOP/s", "of limit", "x 1 row"),
-            [row for run in found["runs"] for row in _rows(run)],
-        ),
-    ]  # fmt: skip
+        tables.table(SPEEDS, [row for run in found["runs"] for row in _speeds(run)]),
+        "",
+        tables.table(VERIFY, [row for run in found["runs"] for row in _verify(run)]),
+    ]
     lines += [f"left out: {what}" for what in found["skipped"]]
     if found["disk_note"]:
         lines.append(f"disk: {found['disk_note']}")
     return "\n".join(lines)
 
 
-def _rows(run: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
-    threads = str(run["threads"])
+def _limits(run: Mapping[str, Any]) -> tuple[str, ...]:
+    keys = ("stream_gb_s", "streams", "matmul_tops", "disk_gb_s")
+    return str(run["threads"]), *(_cell(run["limits"].get(key)) for key in keys)
 
-    def row(name: str, entry: Mapping[str, Any], prefix: str = "") -> tuple[str, ...]:
-        share = entry.get("share_of_limit")
-        return (
-            name, threads, _cell(entry.get(prefix + "ms")), _cell(entry.get("tok_s")),
-            _cell(entry.get("gb_s")), _cell(entry.get("tops")),
-            "" if share is None else f"{share:.0%}", _cell(entry.get(prefix + "ratio")),
-        )  # fmt: skip
 
+def _speeds(run: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    named: list[tuple[str, Mapping[str, Any]]] = []
     if run["decode"] is not None:
-        yield row("decode", run["decode"])
+        named.append(("decode", run["decode"]))
         if "experts" in run["decode"]:
-            yield row("decode, experts only", run["decode"]["experts"])
-    for prefix, what in (
-        ("", "same experts"),
-        ("independent_", "any experts"),
-        ("experts_", "the same experts only"),
-        ("experts_independent_", "any experts only"),
-    ):
-        for entry in run["verify"]:
-            if entry["rows"] > 1 and prefix + "ms" in entry:
-                yield row(f"{entry['rows']} rows, {what}", entry, prefix)
-    for entry in run["attention"]:
-        yield row(f"attention, {entry['context']} keys", entry)
-    for entry in run["prefill"]:
-        yield row(f"prefill {entry['tokens']}", entry)
+            named.append(("decode, experts only", run["decode"]["experts"]))
+    named += [(f"attention, {entry['context']} keys", entry) for entry in run["attention"]]
+    named += [(f"prefill {entry['tokens']}", entry) for entry in run["prefill"]]
+    for name, entry in named:
+        cells = (_cell(entry.get(key)) for key in ("ms", "tok_s", "gb_s", "tops"))
+        yield name, str(run["threads"]), *cells, f"{entry['share_of_limit']:.0%}"
+
+
+def _verify(run: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    for entry in run["verify"]:
+        cells = (
+            f"{entry[case + 'ms']:.4g} ({entry[case + 'ratio']:.2f}x)"
+            if case + "ms" in entry
+            else ""
+            for case in ("", "independent_", "experts_", "experts_independent_")
+        )
+        yield str(entry["rows"]), str(run["threads"]), *cells
 
 
 def _cell(value: float | None) -> str:
