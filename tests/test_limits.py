@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from mimo_local import kernels, limits
+from mimo_local.errors import NativeError
 
 SMALL = 8 << 20
 
@@ -66,7 +67,7 @@ def test_reading_costs_the_time_the_clock_shows(native: kernels.Kernels) -> None
 
 def test_wrong_streams_are_an_error(native: kernels.Kernels) -> None:
     data, seconds = ctypes.create_string_buffer(2048), ctypes.c_double()
-    with pytest.raises(kernels.NativeError, match="read_limit"):
+    with pytest.raises(NativeError, match="read_limit"):
         native.call("read_limit", ctypes.addressof(data), 1024, 3, ctypes.byref(seconds))
 
 

@@ -169,7 +169,12 @@ Depths = Annotated[
 ]
 Threads = Annotated[
     str | None,
-    typer.Option("-t", "--threads", help="thread counts; left out: as for answers", metavar="N,N"),
+    typer.Option(
+        "-t",
+        "--threads",
+        help="thread counts; left out: as for answers, and 1 with --shape",
+        metavar="N,N",
+    ),
 ]
 Reps = Annotated[int, typer.Option("-r", "--reps", help="repetitions", metavar="N")]
 
