@@ -6,12 +6,13 @@ Each gives the seconds of one run with new random ids and experts; how often and
 
 from __future__ import annotations
 
+import ctypes
 import random
 import time
 
 import torch
 
-from mimo_local import ops
+from mimo_local import kernels, ops
 from mimo_local.benchmark import SEED, ModelRunner
 from mimo_local.config import LayerSpec
 from mimo_local.experts import ExpertStore
@@ -105,6 +106,7 @@ class AttentionCase:
         self.k = _filled(copies, context, spec.kv_heads, spec.head_dim)
         self.v = _filled(copies, context, spec.kv_heads, spec.v_head_dim)
         self.q = torch.randn(1, spec.heads, spec.head_dim)
+        self.out = torch.empty(1, spec.heads * spec.v_head_dim)
         self._sink = torch.zeros(spec.heads) if spec.has_sink else None
         self._next = 0
 
@@ -119,11 +121,22 @@ class AttentionCase:
     def attend(self, copy: int) -> torch.Tensor:
         """(1, H * dv) f32 of the query that follows all keys."""
         spec, k, v = self.spec, self.k[copy], self.v[copy]
-        last = self.context - 1
-        with ops.threads_for(1), torch.inference_mode():
-            return ops.attention(
-                self.q, k, v, start=last, first=0, window=spec.window, sink=self._sink
-            )
+        native, last = kernels.get(), self.context - 1
+        if native is None:
+            with torch.inference_mode():
+                return ops.attention(
+                    self.q, k, v, start=last, first=0, window=spec.window, sink=self._sink
+                )
+        sink = None if self._sink is None else self._sink.data_ptr()
+        heads = kernels.Heads(
+            spec.heads, spec.kv_heads, spec.head_dim, spec.v_head_dim, spec.window or 0, sink, 1
+        )
+        sequence = kernels.Sequence(k.data_ptr(), v.data_ptr(), 0, last, 1)
+        native.call(
+            "attend", ctypes.byref(heads), self.q.data_ptr(), spec.heads * spec.head_dim,
+            ctypes.byref(sequence), 1, self.out.data_ptr(), spec.heads * spec.v_head_dim,
+        )  # fmt: skip
+        return self.out
 
 
 def _filled(copies: int, context: int, heads: int, dim: int) -> torch.Tensor:
