@@ -4,7 +4,7 @@
 // call is one list of items from one counter, in an order in which every item waits only for items before it:
 //   x        prepare rows of x for the products
 //   middle   rows of one expert's gate and up, and silu(gate) * up of them
-//   hidden   prepare those products as rows for down
+//   hidden   prepare those products as rows for down (in small groups, whoever finishes the middle last does)
 //   down     output columns [n0, n1) of all experts in ascending order, added into y
 // No barriers: who is through with the middle starts on down for the experts that are ready. An item in work belongs to
 // a running thread, so waiting for one ends. y needs neither atomics nor a second pass, and its bits depend neither on
@@ -97,6 +97,12 @@ void x_item(Wave &wave, std::int64_t item) noexcept {
   group.own_x_left.fetch_sub(1, std::memory_order_release);
 }
 
+void prepare_hidden(Wave &wave, Group &group, std::int64_t t0, std::int64_t t1) noexcept {
+  const float *hidden = wave.hidden + (group.first - wave.first_pair) * wave.width;
+  prepare(*wave.call->table, group.down, hidden, wave.width, nullptr, group.count, wave.width, t0, t1);
+  group.hidden_left.fetch_sub(1, std::memory_order_release);
+}
+
 void middle_item(Wave &wave, std::int64_t item, float *memory) noexcept {
   const mimo_table &table = *wave.call->table;
   Group &group = wave.plan->group[wave.g0 + item / wave.middle_blocks];
@@ -111,23 +117,23 @@ void middle_item(Wave &wave, std::int64_t item, float *memory) noexcept {
   for (std::int64_t i = 0; i < group.count; ++i) {
     table.swiglu(memory + i * n, up + i * n, n, hidden + i * wave.width);
   }
-  group.middle_left.fetch_sub(1, std::memory_order_release);
+  if (group.middle_left.fetch_sub(1, std::memory_order_acq_rel) == 1 && group.count <= kSlab) {
+    prepare_hidden(wave, group, 0, group.count);
+  }
 }
 
 void hidden_item(Wave &wave, std::int64_t item) noexcept {
   Group &group = wave.plan->group[wave.plan->slab[item]];
+  if (group.count <= kSlab) return;
   const std::int64_t t0 = (item - group.slab) * kSlab;
-  const std::int64_t t1 = std::min(t0 + kSlab, group.count);
-  const float *hidden = wave.hidden + (group.first - wave.first_pair) * wave.width;
   wait_for(group.middle_left);
-  prepare(*wave.call->table, group.down, hidden, wave.width, nullptr, group.count, wave.width, t0, t1);
-  group.hidden_left.fetch_sub(1, std::memory_order_release);
+  prepare_hidden(wave, group, t0, std::min(t0 + kSlab, group.count));
 }
 
 void down_item(Wave &wave, std::int64_t item, float *memory) noexcept {
   const Mixture &call = *wave.call;
-  const std::int64_t n0 = item * wave.down_rows;
-  const std::int64_t n1 = std::min(n0 + wave.down_rows, call.D);
+  const std::int64_t n0 = wave.down_at[item];
+  const std::int64_t n1 = wave.down_at[item + 1];
   const std::int64_t n = n1 - n0;
   for (std::int64_t t = 0; wave.clear && t < call.T; ++t) std::fill_n(call.y + t * call.ldy + n0, n, 0.0F);
   for (std::int64_t g = wave.g0; g < wave.g1; ++g) {
@@ -146,7 +152,7 @@ void run_items(void *context, std::int64_t begin, std::int64_t end, void *memory
   auto *floats = static_cast<float *>(memory);
   const std::int64_t middle = wave.x_items;
   const std::int64_t hidden = middle + (wave.g1 - wave.g0) * wave.middle_blocks;
-  const std::int64_t down = hidden + wave.slabs;
+  const std::int64_t down = hidden + wave.hidden_items;
   for (std::int64_t item = begin; item < end; ++item) {
     if (item < middle) {
       x_item(wave, item);
@@ -163,7 +169,7 @@ void run_items(void *context, std::int64_t begin, std::int64_t end, void *memory
 void run_wave(Wave &wave) {
   lay_out(wave);
   const std::int64_t items =
-      wave.x_items + (wave.g1 - wave.g0) * wave.middle_blocks + wave.slabs + wave.down_blocks;
+      wave.x_items + (wave.g1 - wave.g0) * wave.middle_blocks + wave.hidden_items + wave.down_blocks;
   const mimo_mlp &mlp = *wave.plan->group[wave.g0].mlp;
   const Group &last = wave.plan->group[wave.g1 - 1];
   const std::int64_t pairs = last.first + last.count - wave.first_pair;

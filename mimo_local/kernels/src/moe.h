@@ -63,8 +63,9 @@ struct Wave {
   std::int64_t slabs;
   std::int64_t middle_rows;  // rows of gate and up per item
   std::int64_t middle_blocks;
-  std::int64_t down_rows;
+  std::int64_t hidden_items;  // 0: who is last with a group's middle prepares its one slab
   std::int64_t down_blocks;
+  std::int64_t *down_at;      // where they begin, and D
   std::int64_t floats;       // of a worker's own memory; panels' scratch follows
   bool clear;                // y is overwritten
   alignas(64) std::atomic<std::int64_t> shared_left;
