@@ -24,7 +24,7 @@ struct __m128i {
 using __mmask16 = std::uint16_t;
 using __mmask64 = std::uint64_t;
 
-enum { _MM_FROUND_TO_NEAREST_INT = 0, _MM_FROUND_NO_EXC = 8, _CMP_GT_OQ = 30, _CMP_UNORD_Q = 3 };
+enum { _MM_FROUND_TO_NEAREST_INT = 0, _MM_FROUND_NO_EXC = 8, _CMP_GT_OQ = 30, _CMP_UNORD_Q = 3, _CMP_NLT_UQ = 5 };
 
 // ---- half precision (F16C) ------------------------------------------------------------------------------------------
 
@@ -124,7 +124,10 @@ static __m128i _mm512_cvtepi32_epi8(__m512i a) {
 static __mmask16 _mm512_cmp_ps_mask(__m512 a, __m512 b, int how) {
   unsigned mask = 0;
   for (int i = 0; i < 16; ++i) {
-    const bool is = how == _CMP_GT_OQ ? a.v[i] > b.v[i] : std::isnan(a.v[i]) || std::isnan(b.v[i]);
+    const bool unordered = std::isnan(a.v[i]) || std::isnan(b.v[i]);
+    const bool is = how == _CMP_GT_OQ    ? a.v[i] > b.v[i]
+                    : how == _CMP_NLT_UQ ? !(a.v[i] < b.v[i])
+                                         : unordered;
     mask |= (is ? 1U : 0U) << i;
   }
   return static_cast<__mmask16>(mask);
@@ -151,6 +154,7 @@ static __m256i _mm512_cvtepi32_epi16(__m512i a) {
 static __m512 _mm512_mask_mov_ps(__m512 src, __mmask16 m, __m512 a) {
   EMU_EACH(__m512, (m >> i & 1) != 0 ? a.v[i] : src.v[i]);
 }
+static __m512 _mm512_maskz_mov_ps(__mmask16 m, __m512 a) { EMU_EACH(__m512, (m >> i & 1) != 0 ? a.v[i] : 0.0F); }
 static __m512i _mm512_castsi128_si512(__m128i a) {
   __m512i r = {};
   std::memcpy(&r, &a, sizeof a);

@@ -1,5 +1,5 @@
 // Attention and norms: what the entries ask of their arguments, and how attention is cut into pieces of work. A unit is
-// up to kUnitRows query rows of one sequence that share a key/value head. In steps of few rows its keys are cut too,
+// up to kAttendRows query rows of one sequence that share a key/value head. In steps of few rows its keys are cut too,
 // into parts of kShortPart positions, so that every core has work with 4 heads and one row; whoever finishes the last
 // part of a unit merges them, in ascending order. Parts lie at multiples of their length, whoever computes them: no
 // result depends on the threads, and none of a row in a step of up to kExactRows on the others. Baseline code only.
@@ -17,7 +17,6 @@ namespace {
 
 constexpr std::int64_t kNormPiece = 1 << 16;  // floats of a piece of work: a few microseconds of one core
 
-constexpr std::int64_t kUnitRows = 128;
 constexpr std::int64_t kShortPart = 2 * kAttendKeys;
 constexpr std::int64_t kMiddlePart = 8 * kAttendKeys;
 constexpr std::int64_t kMiddleRows = 64;            // up to so many rows of a sequence, units alone are too few
@@ -99,7 +98,8 @@ void clear(const AttendState &state, std::int64_t rows, std::int64_t dv) noexcep
 }
 
 // Scaled queries and what each row sees, into the desk.
-AttendJob prepare(const Call &call, const Unit &unit, const Desk &desk) noexcept {
+AttendJob prepare(const Call &call, const Job &job, const Desk &desk) noexcept {
+  const Unit &unit = *job.unit;
   const mimo_heads &heads = *call.heads;
   const mimo_kv &kv = *unit.sequence;
   const std::int64_t shared = heads.heads / heads.kv_heads;
@@ -117,7 +117,9 @@ AttendJob prepare(const Call &call, const Unit &unit, const Desk &desk) noexcept
   const std::int64_t bytes = heads.kv_bf16 != 0 ? 2 : 4;
   const auto *k = static_cast<const unsigned char *>(kv.k) + unit.head * heads.dk * bytes;
   const auto *v = static_cast<const unsigned char *>(kv.v) + unit.head * heads.dv * bytes;
-  return {k, v, heads.kv_heads * heads.dk, heads.kv_heads * heads.dv, kv.first, kv.start + kv.T, heads.dk, heads.dv,
+  const std::int64_t last = unit.low / unit.part + job.end;  // part after the job's
+  const std::int64_t until = job.end == unit.parts ? unit.high : last * unit.part;
+  return {k, v, heads.kv_heads * heads.dk, heads.kv_heads * heads.dv, kv.first, kv.start + kv.T, until, heads.dk, heads.dv,
           heads.kv_bf16 != 0, unit.rows, desk.q, desk.low, desk.high};
 }
 
@@ -143,7 +145,7 @@ void run_jobs(void *context, std::int64_t begin, std::int64_t end, void *memory)
     Unit &unit = *job.unit;
     auto *own = call.memory != nullptr ? call.memory : static_cast<unsigned char *>(memory);
     const Desk desk = desk_at(own, unit.rows, *call.heads);
-    const AttendJob work = prepare(call, unit, desk);
+    const AttendJob work = prepare(call, job, desk);
     float *state = unit.state != nullptr ? unit.state : desk.state;
     const std::int64_t first = unit.low / unit.part;
     for (std::int64_t i = job.begin; i < job.end; ++i) {
@@ -215,10 +217,10 @@ void plan_all(const mimo_heads &heads, const mimo_kv *sequences, std::int64_t n,
   for (std::int64_t i = 0; i < n; ++i) {
     const mimo_kv &kv = sequences[i];
     const std::int64_t rows = kv.T * (heads.heads / heads.kv_heads);
-    const std::int64_t units = (rows + kUnitRows - 1) / kUnitRows;
+    const std::int64_t units = (rows + kAttendRows - 1) / kAttendRows;
     for (std::int64_t u = units - 1; u >= 0; --u) {
-      const std::int64_t row0 = u * kUnitRows;
-      plan_rows(heads, kv, q + t * ldq, out + t * ldo, row0, std::min(kUnitRows, rows - row0), parts_per_job, plan);
+      const std::int64_t row0 = u * kAttendRows;
+      plan_rows(heads, kv, q + t * ldq, out + t * ldo, row0, std::min(kAttendRows, rows - row0), parts_per_job, plan);
     }
     t += kv.T;
   }

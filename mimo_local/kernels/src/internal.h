@@ -142,7 +142,8 @@ using ReadStreams = std::uint32_t (*)(const void *data, std::int64_t bytes, std:
 using ProductPeak = std::int64_t (*)(std::int64_t rounds) noexcept;
 // ---- attention: attention.inc, attention.cpp ------------------------------------------------------------------------
 
-inline constexpr std::int64_t kAttendKeys = 256;  // keys of a step: 256 scores of 128 rows are a quarter of a 512 KB cache
+inline constexpr std::int64_t kAttendKeys = 256;  // keys of a step
+inline constexpr std::int64_t kAttendRows = 128;  // rows at most: their scores in a step are a quarter of a 512 KB cache
 
 // Some rows of queries of one sequence and the keys and values of the head they use.
 struct AttendJob {
@@ -152,10 +153,11 @@ struct AttendJob {
   std::int64_t v_pitch;
   std::int64_t first;  // stored are the positions [first, end)
   std::int64_t end;
+  std::int64_t until;  // positions from here on will not be asked for by this worker
   std::int64_t dk;
   std::int64_t dv;
   bool bf16;
-  std::int64_t rows;
+  std::int64_t rows;          // 1..kAttendRows
   const float *q;             // (rows, dk), already scaled
   const std::int64_t *low;    // row r sees the positions [low[r], high[r]), all of them stored
   const std::int64_t *high;
