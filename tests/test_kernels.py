@@ -48,6 +48,7 @@ CHECKS = [
     "elementwise",
     "rotation",
     "bf16_rows",
+    "attention",
     "not_finite",
     "limits",
 ]

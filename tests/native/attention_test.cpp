@@ -11,6 +11,12 @@ namespace {
 
 constexpr std::int64_t kColumns[] = {1, 2, 15, 16, 17, 33, 64, 65, 100, 192, 300};
 
+float below1(float x) {
+  float out[16];
+  mimo::probe::store(out, mimo::probe::exp_below(mimo::probe::splat(x)));
+  return out[7];
+}
+
 float exp1(float x) {
   float out[16];
   mimo::probe::store(out, mimo::probe::exp(mimo::probe::splat(x)));
@@ -44,6 +50,15 @@ MIMO_CHECK(exponential) {
   for (int n = -149; n < 128; ++n) {  // where the reduced argument changes sides
     const float edge = static_cast<float>((n + 0.5) * 0.6931471805599453);
     for (const float x : {edge, std::nextafter(edge, -1e9F), std::nextafter(edge, 1e9F)}) look(x);
+  }
+  for (int i = 0; i < 100000; ++i) {
+    const float x = std::uniform_real_distribution<float>(-87.0F, 0.0F)(random);
+    const double exact = std::exp(static_cast<double>(x));
+    REQUIRE(std::fabs(static_cast<double>(below1(x)) - exact) <= 2.5e-7 * exact, "exp_below(%a)", static_cast<double>(x));
+  }
+  REQUIRE(below1(0.0F) == 1.0F && below1(-87.01F) == 0.0F && below1(-infinity) == 0.0F, "exp_below at its ends");
+  for (const std::uint32_t nan : {0x7FC00000U, 0xFFC00001U, 0x7FFFFFFFU, 0xFFC001FFU}) {
+    REQUIRE(std::isnan(below1(__builtin_bit_cast(float, nan))), "exp_below of NaN %x", nan);
   }
   std::printf("exp: %.2f ulp at worst\n", worst);
 }
@@ -156,6 +171,67 @@ MIMO_CHECK(bf16_rows) {
     const float nan = std::numeric_limits<float>::quiet_NaN();
     table->scale_row_bf16(&nan, 1.0F, 1, out);
     REQUIRE((out[0] & 0x7FFF) > 0x7F80, "%s: NaN gives %x", table->name, static_cast<unsigned>(out[0]));
+  }
+}
+
+struct Shape {
+  std::int64_t T;
+  std::int64_t old;  // positions before the step
+  std::int64_t shared;
+  std::int64_t kv_heads;
+  std::int64_t dk;
+  std::int64_t dv;
+  std::int64_t first;
+  std::int64_t window;
+};
+
+// T 1..8, between and beyond 64: the three ways keys are cut; odd dims, windows, steps that begin within 16 keys.
+constexpr Shape kShapes[] = {
+    {1, 0, 1, 1, 1, 1, 0, 0},      {1, 300, 16, 2, 192, 128, 0, 0}, {1, 1100, 3, 1, 17, 33, 5, 0},
+    {1, 127, 8, 1, 64, 64, 0, 128}, {4, 600, 5, 2, 15, 31, 250, 0},  {8, 260, 16, 1, 24, 16, 1, 128},
+    {3, 700, 2, 3, 8, 48, 0, 500},  {12, 2100, 7, 1, 16, 16, 0, 0},  {70, 190, 3, 2, 33, 40, 17, 0},
+    {90, 130, 8, 1, 20, 17, 3, 33}, {66, 3, 9, 1, 7, 5, 0, 2000},
+};
+
+Exact<float> attended(const mimo_table &table, const Shape &s, bool bf16, bool with_sink, bool &alone_is_same) {
+  const std::int64_t heads = s.shared * s.kv_heads;
+  const std::int64_t keys = s.old + s.T;
+  Exact<float> q = normal(size(s.T * heads * s.dk), 1, 2.0F);
+  Exact<float> k = normal(size(keys * s.kv_heads * s.dk), 2);
+  Exact<float> v = normal(size(keys * s.kv_heads * s.dv), 3);
+  Exact<std::uint16_t> short_k(size(keys * s.kv_heads * s.dk));
+  Exact<std::uint16_t> short_v(size(keys * s.kv_heads * s.dv));
+  table.scale_row_bf16(k.get(), 1.0F, keys * s.kv_heads * s.dk, short_k.get());
+  table.scale_row_bf16(v.get(), 1.0F, keys * s.kv_heads * s.dv, short_v.get());
+  Exact<float> sink = normal(size(heads), 4, 3.0F);
+  Exact<float> out(size(s.T * heads * s.dv));
+  const mimo_heads facts{heads, s.kv_heads, s.dk, s.dv, s.window, with_sink ? sink.get() : nullptr, bf16 ? 1 : 0};
+  mimo_kv kv{bf16 ? static_cast<void *>(short_k.get()) : static_cast<void *>(k.get()),
+             bf16 ? static_cast<void *>(short_v.get()) : static_cast<void *>(v.get()), s.first, s.first + s.old, s.T};
+  REQUIRE(mimo_attend(&table, &facts, q.get(), heads * s.dk, &kv, 1, out.get(), heads * s.dv) == MIMO_OK, "refused");
+  // The last row as a step of its own.
+  Exact<float> last(size(heads * s.dv));
+  kv.start += s.T - 1;
+  kv.T = 1;
+  REQUIRE(mimo_attend(&table, &facts, q.get() + (s.T - 1) * heads * s.dk, heads * s.dk, &kv, 1, last.get(),
+                      heads * s.dv) == MIMO_OK, "refused");
+  alone_is_same = std::memcmp(last.get(), out.get() + (s.T - 1) * heads * s.dv, last.bytes()) == 0;
+  return out;
+}
+
+MIMO_CHECK(attention) {
+  for (const Shape &s : kShapes) {
+    for (int how = 0; how < 4; ++how) {
+      bool alone = false;
+      const Exact<float> expected = attended(*mimo::scalar_table(), s, how % 2 == 1, how >= 2, alone);
+      REQUIRE(alone || s.T > MIMO_EXACT_ROWS, "T %d: the last row depends on the others", static_cast<int>(s.T));
+      for (const mimo_table *table : fast_tables()) {
+        bool same = false;
+        REQUIRE(attended(*table, s, how % 2 == 1, how >= 2, same) == expected, "%s, T %d, %d keys before",
+                table->name, static_cast<int>(s.T), static_cast<int>(s.old));
+        REQUIRE(same == alone, "%s", table->name);
+      }
+    }
   }
 }
 
