@@ -61,10 +61,11 @@ using MultiplyRows = void (*)(const RowsJob &, std::int64_t n0, std::int64_t n1)
 
 // What decode.inc asks of an instruction set's own inner loops (dot_*.inc): some rows of W times some rows of x over one
 // chunk of columns, added to the sums of the lanes.
-inline constexpr std::int64_t kChunk = 1024;          // columns
+inline constexpr std::int64_t kChunk = 2048;          // columns
 inline constexpr std::int64_t kChunkScales = kChunk / 32;  // scales of a row of W in a chunk, at most
 inline constexpr std::int64_t kTileRows = 8;          // rows of W that are streamed side by side
 inline constexpr std::int64_t kTileT = 4;             // rows of x that share one decoding of the weights, at most
+inline constexpr std::int64_t kSumsPitch = kExactRows * kLanes;
 struct DotTile {
   const unsigned char *w;        // first row's bytes of the chunk
   std::int64_t pitch;            // bytes from row to row of W
@@ -73,7 +74,7 @@ struct DotTile {
   const std::int8_t *x[kTileT];  // codes of the chunk; its sums follow them where the instruction set keeps such
   const float *x_scales[kTileT];  // INT8: one per block
   const float *scales;            // 4-bit formats: products with those of W, [row of W][row of x][kChunkScales]
-  float *sums;                   // [row of W][kExactRows][kLanes]
+  float *sums;                    // [row of W at kSumsPitch][row of x][lane]
 };
 
 // y[t * ldy + n] = x[t] . W[n] for n in [n0, n1), t < T; x as prepare_panels made it. n0 % kPanelGrain == 0.
