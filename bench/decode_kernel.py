@@ -1,6 +1,6 @@
-"""How fast few rows are multiplied: mimo_matmul over matrices of one expert's shapes that are not in any cache.
+"""How fast few rows are multiplied: mimo_matmul over an expert's matrices that are in no cache.
 
-Every figure is a ratio to the stream-read rate measured right beside it in the same run, because the
+Every figure is a ratio to the stream-read rate measured right before and after it, because the
 machine's own rate changes from minute to minute. Knows the kernels only, no model. Run by hand:
 
     python bench/decode_kernel.py --threads 1 2 --rows 1 2 3 4 8 --formats nf4 mxfp4 int8 bf16
@@ -48,8 +48,7 @@ class Memory:
             self._area.madvise(mmap.MADV_HUGEPAGE)
         self.bytes = torch.frombuffer(self._area, dtype=torch.uint8)
         # Bit 6 clear: as BF16 or float32 every number is finite.
-        for part in self.bytes.split(1 << 28):
-            part.random_(0, 256).bitwise_and_(0xBF)
+        self.bytes.random_(0, 256).bitwise_and_(0xBF)
 
     @property
     def address(self) -> int:
@@ -76,9 +75,7 @@ def matrices(name: str, memory: Memory, scales: torch.Tensor) -> list[kernels.Ma
         if at + size > memory.bytes.numel():
             return found
         where = scales.data_ptr() + scale_at
-        found.append(
-            kernels.Matrix(memory.address + at, where, rows, cols, FORMATS[name])
-        )
+        found.append(kernels.Matrix(memory.address + at, where, rows, cols, FORMATS[name]))
         at += size
         scale_at += scale_bytes(name, rows, cols)
 
