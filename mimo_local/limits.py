@@ -37,7 +37,7 @@ class Memory:
             return
         self._block = mmap.mmap(-1, self.nbytes)
         if hasattr(mmap, "MADV_HUGEPAGE"):
-            # With 4 KiB pages a virtual machine's page tables cost a third of the rate.
+            # The limit is to be the memory's, not that of walking page tables.
             self._block.madvise(mmap.MADV_HUGEPAGE)
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._block))
         # Untouched pages are all the one zero page, which sits in the cache.
