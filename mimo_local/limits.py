@@ -62,13 +62,16 @@ class Memory:
 
     def _read(self, streams: int) -> float:
         if self._native is None:
-            return hardware.measure_ram(0.05).bytes_per_s / 1e9
+            rate, seconds = 0.0, 0.05
+            while rate <= 0:  # on a busy machine the threads may start when the time is over
+                rate, seconds = hardware.measure_ram(seconds).bytes_per_s / 1e9, 2 * seconds
+            return rate
         part = self.nbytes // _SECTIONS
-        seconds = ctypes.c_double()
+        took = ctypes.c_double()
         start = self._address + part * (self._next % _SECTIONS)
         self._next += 1
-        self._native.call("read_limit", start, part, streams, ctypes.byref(seconds))
-        return part / seconds.value / 1e9
+        self._native.call("read_limit", start, part, streams, ctypes.byref(took))
+        return part / took.value / 1e9
 
 
 def products(milliseconds: int = 50) -> float:

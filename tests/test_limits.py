@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mimo_local import kernels, limits
+from mimo_local import hardware, kernels, limits
 from mimo_local.errors import NativeError
 
 SMALL = 8 << 20
@@ -90,3 +90,18 @@ def test_a_disk_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
     rate, note = limits.disk(tmp_path / "file", 0.05)
     assert rate is None
     assert note.startswith("not measured: ")
+
+
+def test_a_machine_too_busy_to_start_threads_in_time_is_asked_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[float] = []
+
+    def measure(seconds: float) -> hardware.Speed:
+        asked.append(seconds)
+        return hardware.Speed(0.0 if len(asked) < 3 else 5e9)
+
+    monkeypatch.setattr(kernels, "get", lambda: None)
+    monkeypatch.setattr(hardware, "measure_ram", measure)
+    assert limits.Memory(SMALL).sample() == 5.0
+    assert asked == sorted(set(asked)) and len(asked) == 3
