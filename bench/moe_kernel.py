@@ -13,12 +13,17 @@ import json
 import statistics
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from mimo_local import kernels
-from quant.formats import get_format
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from mimo_local import kernels  # noqa: E402
+from quant.formats import get_format  # noqa: E402
 
 D, WIDTH, K = 4096, 2048, 8
 _SCALE = {"nf4": 0.02, "int8": 2e-4}
@@ -48,16 +53,18 @@ def make(fmt: str, nbytes: float, d: int, width: int) -> tuple[Any, list[torch.T
 
 
 class Case:
-    """One shape: T rows, K experts each, other experts in every call."""
+    """One shape: T rows, K experts each, the same ones or different ones; others in every call."""
 
-    def __init__(self, library: kernels.Kernels, mlps: Any, one: int, t: int, k: int) -> None:
+    def __init__(
+        self, library: kernels.Kernels, mlps: Any, one: int, t: int, k: int, same: bool = False
+    ) -> None:
         self.library, self.mlps, self.t, self.k, self.turn = library, mlps, t, k, 0
         self.d = mlps[0].gate.cols
         self.x, self.y = torch.randn(t, self.d), torch.empty(t, self.d)
         self.w = torch.rand(t, k)
-        self.n = min(len(mlps), t * k)
+        self.n = k if same else min(len(mlps), t * k)
         self.nbytes = one * self.n
-        self.name = f"{t} rows x {k}"
+        self.name = f"{t} rows x {k} {'the same' if same else 'different'}"
 
     def __call__(self) -> float:
         """Seconds of one call."""
@@ -99,7 +106,8 @@ def main() -> int:
     mlps, keep, one = make(options.format, options.gb * 1e9, D, WIDTH)
     tiny, alive, small = make(options.format, 0, 64, 64)
     empty = Case(library, tiny, small, 1, K)
-    cases = [Case(library, mlps, one, int(t), K) for t in options.rows.split(",")]
+    rows = [int(t) for t in options.rows.split(",")]
+    cases = [Case(library, mlps, one, t, K, same) for same in (False, True) for t in rows]
     took: dict[str, list[float]] = {case.name: [] for case in cases}
     limits, calls = [], []
     for turn in range(options.rounds):

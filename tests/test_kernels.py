@@ -36,6 +36,8 @@ CHECKS = [
     "e8m0_ends",
     "moe",
     "moe_waves",
+    "moe_panels",
+    "pieces",
     "moe_arguments",
     "route",
     "quantize",

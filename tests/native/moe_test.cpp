@@ -135,8 +135,7 @@ MIMO_CHECK(moe_waves) {
     for (const int threads : {1, 2, 5}) {
       mimo_set_threads(threads);
       REQUIRE(run(table, experts, step) == expected, "%d threads", threads);
-      // The bound cuts groups too, and a group of another size may be multiplied another way: only where all are rows.
-      if (T > mimo::kExactRows) continue;
+      if (T > mimo::kExactRows) continue;  // the bound cuts groups too, and small ones may be multiplied another way
       for (const std::int64_t most : {1, 4, 7, 20}) {
         REQUIRE(run(table, experts, step, most) == expected, "%d pairs at once", static_cast<int>(most));
       }
@@ -150,6 +149,57 @@ MIMO_CHECK(moe_waves) {
       all += there * there;
     }
     REQUIRE(error <= 1e-3 * all, "waves of 64: %g of %g", error, all);
+  }
+}
+
+// Panels made of prepared rows: the same bits as rows, so that only the handling of panels is looked at.
+const mimo_table *rows_table = nullptr;
+constexpr std::int64_t kScratch = 1000;
+std::int64_t rows_panels_from(std::int64_t) noexcept { return 9; }
+std::int64_t rows_panels_bytes(std::int64_t format, std::int64_t T, std::int64_t K) noexcept {
+  return T * rows_table->row_bytes(format, K);
+}
+void rows_prepare_panels(std::int64_t format, const float *x, std::int64_t ldx, const std::int32_t *index,
+                         std::int64_t T, std::int64_t K, std::int64_t t0, std::int64_t t1, void *out) noexcept {
+  REQUIRE(t0 % 16 == 0 && (t1 % 16 == 0 || t1 == T) && t1 <= T, "rows %ld to %ld of %ld", t0, t1, T);
+  for (std::int64_t t = t0; t < t1; ++t) {
+    rows_table->prepare_row(format, x + (index != nullptr ? index[t] : t) * ldx, K,
+                            static_cast<unsigned char *>(out) + t * rows_table->row_bytes(format, K));
+  }
+}
+std::int64_t rows_panels_scratch(std::int64_t, std::int64_t) noexcept { return kScratch; }
+void rows_multiply_panels(const mimo::PanelsJob &job, std::int64_t n0, std::int64_t n1, void *memory) noexcept {
+  REQUIRE(n0 % mimo::kPanelGrain == 0 && reinterpret_cast<std::uintptr_t>(memory) % 64 == 0, "row %ld", n0);
+  std::memset(memory, 0xFF, kScratch);
+  for (std::int64_t t = 0; t < job.T; ++t) {
+    const void *x = static_cast<const unsigned char *>(job.x) + t * rows_table->row_bytes(job.w->format, job.w->cols);
+    float *y = job.y + t * job.ldy;
+    rows_table->multiply_rows({job.w, 1, &x, &y}, n0, n1);
+  }
+}
+
+MIMO_CHECK(moe_panels) {
+  rows_table = mimo_get_table(nullptr);
+  mimo_table table = *rows_table;
+  table.panels_from = rows_panels_from;
+  table.panels_bytes = rows_panels_bytes;
+  table.prepare_panels = rows_prepare_panels;
+  table.panels_scratch = rows_panels_scratch;
+  table.multiply_panels = rows_multiply_panels;
+  mimo_table rows = *rows_table;
+  rows.panels_from = [](std::int64_t) noexcept { return std::int64_t{1} << 60; };
+  for (const std::int64_t format : kFormats) {
+    Experts experts(format, 4, 128, 192);
+    for (const std::int64_t T : {7, 25, 300, 1200}) {
+      Step step(T, 2, 4, experts.D, static_cast<unsigned>(T));
+      mimo_set_threads(1);
+      const Exact<float> expected = run(&rows, experts, step);
+      for (const int threads : {1, 3}) {
+        mimo_set_threads(threads);
+        REQUIRE(run(&table, experts, step) == expected, "format %ld T %ld, %d threads", format, T, threads);
+        REQUIRE(run(&table, experts, step, 64) == expected, "format %ld T %ld, waves of 64", format, T);
+      }
+    }
   }
 }
 

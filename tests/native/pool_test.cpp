@@ -49,6 +49,40 @@ MIMO_CHECK(threads) {
   REQUIRE(upward == expected, "rounding mode leaks into the result");
 }
 
+// Every index once, in pieces no longer than the grain where there is memory, which nobody else has meanwhile.
+struct Pieces {
+  std::vector<std::atomic<int>> seen;
+  std::int64_t grain;
+  std::int64_t memory_bytes;
+};
+
+void run_pieces(void *context, std::int64_t begin, std::int64_t end, void *memory) noexcept {
+  Pieces &pieces = *static_cast<Pieces *>(context);
+  auto *mine = static_cast<unsigned char *>(memory);
+  if (pieces.memory_bytes > 0) {
+    REQUIRE(end - begin <= pieces.grain && reinterpret_cast<std::uintptr_t>(mine) % 64 == 0, "piece");
+    std::memset(mine, static_cast<int>(begin % 256), size(pieces.memory_bytes));
+  }
+  for (std::int64_t i = begin; i < end; ++i) pieces.seen[size(i)].fetch_add(1);
+  std::this_thread::yield();
+  for (std::int64_t i = 0; i < pieces.memory_bytes; ++i) REQUIRE(mine[i] == begin % 256, "shared memory");
+}
+
+MIMO_CHECK(pieces) {
+  for (const int threads : {1, 2, 5}) {
+    mimo_set_threads(threads);
+    for (const std::int64_t n : {0, 1, 7, 64, 1000}) {
+      for (const std::int64_t grain : {1, 8, 5000}) {
+        for (const std::int64_t memory_bytes : {0, 100, 10000}) {
+          Pieces pieces{std::vector<std::atomic<int>>(size(n)), grain, memory_bytes};
+          mimo::parallel_for(n, grain, run_pieces, &pieces, memory_bytes);
+          for (std::atomic<int> &seen : pieces.seen) REQUIRE(seen == 1, "%d times", seen.load());
+        }
+      }
+    }
+  }
+}
+
 // Without sanitizers' thread bookkeeping in the way: plain fork, the child multiplies with its own threads.
 MIMO_CHECK(fork) {
   const std::int64_t N = 700;
