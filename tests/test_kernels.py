@@ -41,6 +41,8 @@ CHECKS = [
     "moe_arguments",
     "route",
     "quantize",
+    "dequantize",
+    "dequantize_large",
     "scalar_fma",
     "halves",
     "threads",

@@ -71,7 +71,6 @@ static void _mm512_storeu_ps(void *p, __m512 a) { std::memcpy(p, &a, sizeof a); 
 static __m128i _mm_loadu_si128(const __m128i *p) { return emu_load<__m128i>(p); }
 static __m256i _mm256_loadu_si256(const __m256i *p) { return emu_load<__m256i>(p); }
 static void _mm_storeu_si128(__m128i *p, __m128i a) { std::memcpy(static_cast<void *>(p), &a, sizeof a); }
-static void _mm_storel_epi64(__m128i *p, __m128i a) { std::memcpy(static_cast<void *>(p), &a, 8); }
 
 // ---- lane by lane ---------------------------------------------------------------------------------------------------
 
@@ -100,9 +99,6 @@ static std::int32_t emu_wrap(std::int32_t a, std::int32_t b) {
   return static_cast<std::int32_t>(static_cast<std::uint32_t>(a) + static_cast<std::uint32_t>(b));
 }
 static __m512i _mm512_add_epi32(__m512i a, __m512i b) { EMU_EACH(__m512i, emu_wrap(a.v[i], b.v[i])); }
-static __m512i _mm512_mask_add_epi32(__m512i src, __mmask16 m, __m512i a, __m512i b) {
-  EMU_EACH(__m512i, (m >> i & 1) != 0 ? a.v[i] + b.v[i] : src.v[i]);
-}
 static __m512i _mm512_max_epi32(__m512i a, __m512i b) { EMU_EACH(__m512i, a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
 static __m512i _mm512_xor_si512(__m512i a, __m512i b) { EMU_EACH(__m512i, a.v[i] ^ b.v[i]); }
 static __m512i _mm512_and_si512(__m512i a, __m512i b) { EMU_EACH(__m512i, a.v[i] & b.v[i]); }
@@ -179,20 +175,6 @@ static void _mm256_storeu_si256(__m256i *p, __m256i a) { std::memcpy(static_cast
 
 // ---- 64-bit lanes, casts --------------------------------------------------------------------------------------------
 
-static __m512i emu_shift64(__m512i a, int left, int right) {
-  std::uint64_t q[8];
-  std::memcpy(q, &a, sizeof q);
-  for (std::uint64_t &lane : q) lane = lane << left >> right;
-  std::memcpy(&a, q, sizeof q);
-  return a;
-}
-static __m512i _mm512_slli_epi64(__m512i a, int n) { return emu_shift64(a, n, 0); }
-static __m512i _mm512_srli_epi64(__m512i a, int n) { return emu_shift64(a, 0, n); }
-static __m128i _mm512_cvtepi64_epi8(__m512i a) {
-  __m128i r = {};
-  for (int i = 0; i < 8; ++i) r.b[i] = static_cast<std::uint8_t>(a.v[2 * i]);
-  return r;
-}
 static float _mm512_cvtss_f32(__m512 a) { return a.v[0]; }
 
 // ---- across lanes ---------------------------------------------------------------------------------------------------
@@ -291,6 +273,148 @@ static __m512 _mm512_mask3_fmadd_ps(__m512 a, __m512 b, __m512 c, __mmask16 m) {
 }
 
 #undef EMU_BYTES
+// ---- bytes and words (AVX-512 BW) -----------------------------------------------------------------------------------
+
+using __mmask32 = std::uint32_t;
+
+// A register seen as lanes of another type, and back.
+template <class Lane>
+struct EmuLanes {
+  static constexpr int kCount = static_cast<int>(64 / sizeof(Lane));
+  Lane v[kCount];
+};
+template <class Lane>
+static EmuLanes<Lane> emu_as(__m512i a) {
+  EmuLanes<Lane> lanes;
+  std::memcpy(&lanes, &a, sizeof lanes);
+  return lanes;
+}
+template <class Lane>
+static __m512i emu_back(const EmuLanes<Lane> &lanes) {
+  __m512i r;
+  std::memcpy(&r, &lanes, sizeof r);
+  return r;
+}
+// f(lane of a, lane of b), converted to a lane.
+template <class Lane, class Function>
+static __m512i emu_zip(__m512i a, __m512i b, Function f) {
+  EmuLanes<Lane> x = emu_as<Lane>(a);
+  const EmuLanes<Lane> y = emu_as<Lane>(b);
+  for (int i = 0; i < x.kCount; ++i) x.v[i] = static_cast<Lane>(f(x.v[i], y.v[i]));
+  return emu_back(x);
+}
+static int emu_saturate(int x, int low, int high) { return x < low ? low : x > high ? high : x; }
+
+static __m512i _mm512_set1_epi16(short s) {
+  return emu_zip<std::int16_t>({}, {}, [s](int, int) { return s; });
+}
+static __m512i _mm512_sub_epi16(__m512i a, __m512i b) {
+  return emu_zip<std::int16_t>(a, b, [](int x, int y) { return x - y; });
+}
+static __m512i _mm512_sub_epi8(__m512i a, __m512i b) {
+  return emu_zip<std::int8_t>(a, b, [](int x, int y) { return x - y; });
+}
+static __m512i _mm512_min_epu8(__m512i a, __m512i b) {
+  return emu_zip<std::uint8_t>(a, b, [](int x, int y) { return x < y ? x : y; });
+}
+static __m512i _mm512_abs_epi16(__m512i a) {
+  return emu_zip<std::int16_t>(a, a, [](int x, int) { return x < 0 ? -x : x; });
+}
+static __m512i _mm512_abs_epi8(__m512i a) {
+  return emu_zip<std::int8_t>(a, a, [](int x, int) { return x < 0 ? -x : x; });
+}
+static __m512i _mm512_srai_epi16(__m512i a, unsigned n) {
+  return emu_zip<std::int16_t>(a, a, [n](int x, int) { return x >> n; });
+}
+static __mmask32 _mm512_cmpgt_epi16_mask(__m512i a, __m512i b) {
+  const auto x = emu_as<std::int16_t>(a);
+  const auto y = emu_as<std::int16_t>(b);
+  __mmask32 mask = 0;
+  for (unsigned i = 0; i < 32; ++i) {
+    if (x.v[i] > y.v[i]) mask |= 1U << i;
+  }
+  return mask;
+}
+static __m512i _mm512_movm_epi16(__mmask32 mask) {
+  EmuLanes<std::int16_t> r;
+  for (int i = 0; i < 32; ++i) r.v[i] = (mask >> i & 1) != 0 ? -1 : 0;
+  return emu_back(r);
+}
+// Packing and unpacking work in each group of 16 bytes by itself.
+static __m512i _mm512_packs_epi32(__m512i a, __m512i b) {
+  EmuLanes<std::int16_t> r;
+  for (int i = 0; i < 32; ++i) {
+    const int from = i / 8 * 4 + i % 4;
+    r.v[i] = static_cast<std::int16_t>(emu_saturate((i % 8 < 4 ? a : b).v[from], -32768, 32767));
+  }
+  return emu_back(r);
+}
+static __m512i _mm512_packs_epi16(__m512i a, __m512i b) {
+  const auto x = emu_as<std::int16_t>(a);
+  const auto y = emu_as<std::int16_t>(b);
+  EmuLanes<std::int8_t> r;
+  for (int i = 0; i < 64; ++i) {
+    const int from = i / 16 * 8 + i % 8;
+    r.v[i] = static_cast<std::int8_t>(emu_saturate((i % 16 < 8 ? x : y).v[from], -128, 127));
+  }
+  return emu_back(r);
+}
+template <class Lane>
+static __m512i emu_unpack(__m512i a, __m512i b, int high) {
+  const auto x = emu_as<Lane>(a);
+  const auto y = emu_as<Lane>(b);
+  EmuLanes<Lane> r;
+  const int group = r.kCount / 4;
+  for (int i = 0; i < r.kCount; ++i) {
+    r.v[i] = (i % 2 == 0 ? x : y).v[i / group * group + high * group / 2 + i % group / 2];
+  }
+  return emu_back(r);
+}
+static __m512i _mm512_unpacklo_epi8(__m512i a, __m512i b) { return emu_unpack<std::int8_t>(a, b, 0); }
+static __m512i _mm512_unpackhi_epi8(__m512i a, __m512i b) { return emu_unpack<std::int8_t>(a, b, 1); }
+static __m512i _mm512_unpacklo_epi16(__m512i a, __m512i b) { return emu_unpack<std::int16_t>(a, b, 0); }
+static __m512i _mm512_unpackhi_epi16(__m512i a, __m512i b) { return emu_unpack<std::int16_t>(a, b, 1); }
+static __m512i _mm512_maddubs_epi16(__m512i a, __m512i b) {
+  const auto x = emu_as<std::uint8_t>(a);
+  const auto y = emu_as<std::int8_t>(b);
+  EmuLanes<std::int16_t> r;
+  for (int i = 0; i < 32; ++i) {
+    const int sum = x.v[2 * i] * y.v[2 * i] + x.v[2 * i + 1] * y.v[2 * i + 1];
+    r.v[i] = static_cast<std::int16_t>(emu_saturate(sum, -32768, 32767));
+  }
+  return emu_back(r);
+}
+static __m512i _mm512_madd_epi16(__m512i a, __m512i b) {
+  const auto x = emu_as<std::int16_t>(a);
+  const auto y = emu_as<std::int16_t>(b);
+  __m512i r;
+  for (int i = 0; i < 16; ++i) r.v[i] = x.v[2 * i] * y.v[2 * i] + x.v[2 * i + 1] * y.v[2 * i + 1];
+  return r;
+}
+static __m512i _mm512_permutexvar_epi16(__m512i index, __m512i a) {
+  const auto x = emu_as<std::int16_t>(a);
+  auto r = emu_as<std::int16_t>(index);
+  for (int i = 0; i < 32; ++i) r.v[i] = x.v[r.v[i] & 31];
+  return emu_back(r);
+}
+static __m512i _mm512_shuffle_i32x4(__m512i a, __m512i b, int pick) {
+  __m512i r;
+  for (int i = 0; i < 16; ++i) r.v[i] = (i < 8 ? a : b).v[(pick >> i / 4 * 2 & 3) * 4 + i % 4];
+  return r;
+}
+static int _mm512_reduce_add_epi32(__m512i a) {
+  int sum = 0;
+  for (const int v : a.v) sum += v;
+  return sum;
+}
+static int _mm512_reduce_min_epi32(__m512i a) {
+  int least = a.v[0];
+  for (const int v : a.v) least = v < least ? v : least;
+  return least;
+}
+static void _mm512_stream_ps(void *p, __m512 a) { std::memcpy(p, &a, sizeof a); }
+static void _mm_sfence() {}
+
 #undef EMU_EACH
 
 #endif

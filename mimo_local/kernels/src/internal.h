@@ -41,6 +41,10 @@ inline constexpr float kNf4[16] = {
     1.0F,
 };
 
+// FP4 of the OCP microscaling formats: sign, two bits of exponent, one of fraction.
+inline constexpr float kE2m1[16] = {0.0F,  0.5F,  1.0F,  1.5F,  2.0F,  3.0F,  4.0F,  6.0F,
+                                    -0.0F, -0.5F, -1.0F, -1.5F, -2.0F, -3.0F, -4.0F, -6.0F};
+
 // ---- products -------------------------------------------------------------------------------------------------------
 // Two ways to multiply. Rows (decode.inc): 1..kExactRows rows of x at a time, each prepared alone into a block of its
 // own, weights used as they are stored. Panels (panels.inc): many rows of x prepared together, weights unpacked once.
@@ -115,6 +119,7 @@ struct DequantizeJob {
   const void *scales;
   std::int64_t K;
   float *out;
+  bool past;  // out is larger than the caches and its rows are 64-aligned: written around them
 };
 
 using QuantizeRows = QuantizeResult (*)(const QuantizeJob &, std::int64_t n0, std::int64_t n1) noexcept;
@@ -294,8 +299,10 @@ struct mimo_table {
   mimo::MultiplyPanels multiply_panels;
   // quantize.inc
   mimo::QuantizeRows nf4_quantize;
+  mimo::QuantizeRows mxfp4_quantize;
   mimo::QuantizeRows int8_quantize;
   mimo::DequantizeRows nf4_dequantize;
+  mimo::DequantizeRows mxfp4_dequantize;
   mimo::DequantizeRows int8_dequantize;
   // elementwise.inc
   mimo::RmsNormRows rms_norm_rows;

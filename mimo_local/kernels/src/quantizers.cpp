@@ -8,7 +8,8 @@
 namespace mimo {
 namespace {
 
-constexpr std::int64_t kPieceElements = 1 << 15;  // weights of a piece of work
+constexpr std::int64_t kPieceElements = 1 << 15;   // weights of a piece of work
+constexpr std::int64_t kCachedElements = 1 << 21;  // 8 MiB of floats: about what a core finds in its caches again
 
 std::int64_t grain_for(std::int64_t K) noexcept { return std::max<std::int64_t>(1, kPieceElements / K); }
 
@@ -65,6 +66,12 @@ std::int32_t dequantize(DequantizeRows rows, const DequantizeJob &job, std::int6
   }
 }
 
+// Whether writing around the caches is possible and worth it: whoever reads the output next finds it in them if it is
+// small. A cache line must not be written in two parts: rows are whole lines.
+bool beyond_caches(const mimo_matrix &w, const float *out) noexcept {
+  return w.cols % 16 == 0 && reinterpret_cast<std::uintptr_t>(out) % 64 == 0 && w.rows > kCachedElements / w.cols;
+}
+
 }  // namespace
 }  // namespace mimo
 
@@ -78,6 +85,8 @@ int32_t mimo_quantize(const mimo_table *table, int64_t format, const float *w, i
   switch (format) {
     case MIMO_NF4:
       return mimo::quantize(table->nf4_quantize, job, N, info);
+    case MIMO_MXFP4:
+      return mimo::quantize(table->mxfp4_quantize, job, N, info);
     case MIMO_INT8:
       return mimo::quantize(table->int8_quantize, job, N, info);
     default:
@@ -88,10 +97,12 @@ int32_t mimo_quantize(const mimo_table *table, int64_t format, const float *w, i
 int32_t mimo_dequantize(const mimo_table *table, const mimo_matrix *w, float *out) noexcept {
   if (table == nullptr || w == nullptr || !mimo::sensible_matrix(*w)) return MIMO_E_ARGUMENT;
   if (w->rows > 0 && !mimo::usable(out, 4)) return MIMO_E_ARGUMENT;
-  const mimo::DequantizeJob job{w->codes, w->scales, w->cols, out};
+  const mimo::DequantizeJob job{w->codes, w->scales, w->cols, out, mimo::beyond_caches(*w, out)};
   switch (w->format) {
     case MIMO_NF4:
       return mimo::dequantize(table->nf4_dequantize, job, w->rows);
+    case MIMO_MXFP4:
+      return mimo::dequantize(table->mxfp4_dequantize, job, w->rows);
     case MIMO_INT8:
       return mimo::dequantize(table->int8_dequantize, job, w->rows);
     default:
