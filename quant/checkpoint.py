@@ -1,8 +1,8 @@
 """A Hugging Face checkpoint folder, read row by row: names, shapes, float32 values.
 
 Undoes what the training stored: FP8 blocks with their scales (also the tensor-parallel layout of
-the full-attention layers' K and V), fused expert tensors, renamed sinks. Knows no pack and no
-layer kinds. Called by `convert`, and by `mimo_local.weights` to run a checkpoint unquantised.
+the full-attention layers' K and V), MXFP4, fused expert tensors, renamed sinks. Knows no pack and
+no layer kinds. Called by `convert`, and by `mimo_local.weights` to run a checkpoint unquantised.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from typing import Any
 import torch
 
 from mimo_local.errors import CheckpointError
+from quant import mxfp4
+from quant.formats import Parts, get_format
 from quant.fp8 import BLOCK, fp8_to_f32, fused_grid
+from quant.shards import INDEX, REFETCH, find_shards
 from quant.tensorfile import DTYPES, Scratch, TensorFile, read_json
-
-INDEX = "model.safetensors.index.json"
-REFETCH = "fetch this file of the checkpoint again; its checksum is on the model's hub page"
+from quant.twins import MXFP4_MOST
 
 _SCALE = "_scale_inv"
 _SKIPPED = re.compile(r"(^|\.)(visual|vision|audio|speech)")
@@ -78,6 +79,7 @@ class Checkpoint:
         self._sources: dict[str, _Source] = {}
         self._scales: dict[str, _Scales] = {}
         self._own_scale: dict[str, _Source] = {}
+        self._mxfp4: set[str] = set()
         self._skipped: list[str] = []
         quantization = config.get("quantization_config")
         size = quantization.get("weight_block_size") if isinstance(quantization, dict) else None
@@ -100,10 +102,11 @@ class Checkpoint:
             error=CheckpointError,
             hint="a checkpoint folder holds config.json beside its .safetensors files",
         )
-        names, weight_map = _shards(folder)
+        names, weight_map = find_shards(folder)
         files = [TensorFile(folder / n, error=CheckpointError, hint=REFETCH) for n in names]
         self = cls(folder, config, files)
         self._collect(weight_map)
+        self._match_mxfp4()
         self._match_scales()
         return self
 
@@ -130,11 +133,12 @@ class Checkpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Logical shape."""
-        return self._source(name).shape
+        shape = self._source(name).shape
+        return (shape[0], 2 * shape[1]) if name in self._mxfp4 else shape
 
     def dtype(self, name: str) -> str:
-        """Stored dtype as safetensors names it: "F8_E4M3", "BF16", "F32", ..."""
-        return self._source(name).dtype
+        """Stored dtype as safetensors names it ("F8_E4M3", "BF16", "F32", ...), or "MXFP4"."""
+        return "MXFP4" if name in self._mxfp4 else self._source(name).dtype
 
     def read_raw(self, name: str) -> torch.Tensor:
         """The tensor in its stored dtype, scales not applied."""
@@ -150,13 +154,13 @@ class Checkpoint:
         naming file and tensor for NaN or infinite scales and weights.
         """
         source = self._source(name)
-        total = source.shape[0] if source.shape else 1
-        start, stop, _ = (rows or slice(None)).indices(total)
-        stop = max(start, stop)
+        start, stop = _range(source, rows)
+        if name in self._mxfp4:
+            return get_format("mxfp4").unpack(self.read_mxfp4(name, rows))
         if source.dtype not in _FP8 + _FLOATS:
             raise CheckpointError(
                 f"{source.file.path.name}: {name} is stored as {source.dtype}, not as weights",
-                hint="this version reads FP8 (E4M3), BF16, F16 and F32 checkpoints",
+                hint="this version reads FP8 (E4M3), MXFP4, BF16, F16 and F32 checkpoints",
             )
         scratch = scratch or Scratch()
         raw = source.load(start, stop, scratch)
@@ -172,6 +176,20 @@ class Checkpoint:
                 f"{source.file.path.name}: {name} holds NaN or infinite weights", hint=REFETCH
             )
         return values
+
+    def read_mxfp4(self, name: str, rows: slice | None = None) -> Parts:
+        """A tensor whose dtype is "MXFP4" as the parts of format mxfp4: the same numbers, exactly.
+
+        Raises CheckpointError for scales that are NaN or beyond float32.
+        """
+        source, scale = self._source(name), self._own_scale[name]
+        start, stop = _range(source, rows)
+        scales = scale.load(start, stop).view(torch.uint8)
+        if scales.numel() and int(scales.max()) > MXFP4_MOST:
+            raise CheckpointError(
+                f"{scale.file.path.name}: {scale.stored} holds NaN or infinite scales", hint=REFETCH
+            )
+        return {"codes": mxfp4.swap_nibbles(source.load(start, stop)), "scales": scales}
 
     def fingerprint(self) -> str:
         """Hex sha256 of config, headers and samples of the data: which checkpoint this is."""
@@ -220,6 +238,23 @@ class Checkpoint:
                 raise CheckpointError(
                     f"{INDEX} says {stored} is in {shard}, but it is not there", hint=REFETCH
                 )
+
+    def _match_mxfp4(self) -> None:
+        """Find the matrices of bytes that have a scale for every 16 of them; headers only."""
+        for name, source in list(self._sources.items()):
+            scale = self._sources.get(name + mxfp4.SCALE)
+            if source.dtype != "U8" or len(source.shape) != 2 or scale is None:
+                continue
+            n, half = source.shape
+            wanted = (n, 2 * half // mxfp4.BLOCK)
+            if scale.shape != wanted or scale.dtype not in mxfp4.SCALE_DTYPES or half % 16:
+                raise CheckpointError(
+                    f"{scale.file.path.name}: the scales of {name} {[n, half]} are "
+                    f"{scale.dtype} {list(scale.shape)}, MXFP4 needs bytes {list(wanted)}",
+                    hint="the file may be damaged, or this version does not know its format",
+                )
+            self._mxfp4.add(name)
+            self._own_scale[name] = self._sources.pop(name + mxfp4.SCALE)
 
     def _match_scales(self) -> None:
         """Find every FP8 weight's scales and check their shapes; headers only."""
@@ -313,6 +348,12 @@ class Checkpoint:
             values[:, whole * width :].mul_(per_row[:, whole:])
 
 
+def _range(source: _Source, rows: slice | None) -> tuple[int, int]:
+    """First row and the one after the last of a range of the first axis."""
+    start, stop, _ = (rows or slice(None)).indices(source.shape[0] if source.shape else 1)
+    return start, max(start, stop)
+
+
 def _logical(file: TensorFile, stored: str) -> Iterator[tuple[str, _Source]]:
     """The hub's names for one stored tensor; transformers fuses experts and renames sinks."""
     entry = file.entries[stored]
@@ -328,41 +369,3 @@ def _logical(file: TensorFile, stored: str) -> Iterator[tuple[str, _Source]]:
         for i, part in enumerate(parts):
             name = f"{fused[1]}.{expert}.{part}.weight"
             yield name, _Source(file, stored, (n, cols), entry.dtype, expert * rows + i * n)
-
-
-def _shards(folder: Path) -> tuple[list[str], dict[str, str] | None]:
-    """The checkpoint's safetensors file names, sorted, and the index's tensor -> file map."""
-    weight_map: dict[str, str] | None = None
-    if (folder / INDEX).exists():
-        index = read_json(folder / INDEX, error=CheckpointError, hint=REFETCH)
-        weight_map = index.get("weight_map")
-        if not isinstance(weight_map, dict) or not all(
-            isinstance(v, str) and v == Path(v).name and v not in ("", "..")
-            for v in weight_map.values()
-        ):
-            raise CheckpointError(
-                f"{INDEX} has no usable weight_map (tensor name -> file name)", hint=REFETCH
-            )
-        names = set(weight_map.values())
-    elif (folder / "model.safetensors").exists():
-        names = {"model.safetensors"}
-    else:
-        names = {p.name for p in folder.glob("*.safetensors")}
-        for match in [m for n in names if (m := re.fullmatch(r"(.*)-\d+-of-(\d+)(\..*)", n))]:
-            width = len(match[2])
-            for i in range(int(match[2])):
-                names.add(f"{match[1]}-{i + 1:0{width}d}-of-{match[2]}{match[3]}")
-    names |= {p.name for p in folder.glob("*mtp*.safetensors")}
-    missing = sorted(n for n in names if not (folder / n).is_file())
-    if missing:
-        raise CheckpointError(
-            f"{missing[0]} is missing in {folder}"
-            + (f" (and {len(missing) - 1} more files)" if len(missing) > 1 else ""),
-            hint="fetch the missing files into the folder, then run this again",
-        )
-    if not names:
-        raise CheckpointError(
-            f"no .safetensors files in {folder}",
-            hint="give the folder of a Hugging Face checkpoint (a pack needs no conversion)",
-        )
-    return sorted(names), weight_map

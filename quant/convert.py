@@ -25,7 +25,7 @@ from mimo_local.errors import (
 )
 from mimo_local.events import Progress
 from quant.checkpoint import Checkpoint
-from quant.formats import Parts, get_format
+from quant.formats import Format, Parts, get_format
 from quant.inventory import EXPERT_PARTS, expected, expert_name, layer_of
 from quant.journal import Journal
 from quant.layout import TensorSpec, plan_experts
@@ -124,8 +124,7 @@ class _Run:
         for start in range(0, rows, step):
             self._check_cancelled()
             stop = min(start + step, rows)
-            w = self.source.read(spec.name, slice(start, stop), scratch=self.scratch)
-            yield fmt.pack(w, search=self.recipe.search)
+            yield self._parts(fmt, spec.name, slice(start, stop))
             self.meter.add((stop - start) * per_row, _stage(spec.name))
         self.meter.add(self.source.stored_bytes(spec.name) - rows * per_row, _stage(spec.name))
 
@@ -135,10 +134,17 @@ class _Run:
         parts = {}
         for matrix in EXPERT_PARTS:
             name = expert_name(job.layer, expert, matrix)
-            w = self.source.read(name, scratch=self.scratch)
-            parts[matrix] = fmt.pack(w, search=self.recipe.search)
+            parts[matrix] = self._parts(fmt, name)
             self.meter.add(self.source.stored_bytes(name), _stage(name))
         return parts
+
+    def _parts(self, fmt: Format, name: str, rows: slice | None = None) -> Parts:
+        """Rows of a matrix in their format; MXFP4 stays what it is."""
+        if fmt.name == "mxfp4" and self.source.dtype(name) == "MXFP4":
+            return self.source.read_mxfp4(name, rows)
+        return fmt.pack(
+            self.source.read(name, rows, scratch=self.scratch), search=self.recipe.search
+        )
 
     def _check_cancelled(self) -> None:
         if self.cancel and self.cancel():

@@ -1,21 +1,25 @@
-"""How a weight matrix is stored: NF4, INT8, BF16, F32; each can pack, unpack and multiply.
+"""How a weight matrix is stored: NF4, MXFP4, INT8, BF16, F32; each can pack, unpack and multiply.
 
-The one place that chooses between the native kernel and its torch twin. Knows bytes and rows, not
-what a matrix is for. Called by `convert` and `pack` (making packs) and `mimo_local.weights`
-(running them). The bytes are described in docs/format.md.
+The one place that chooses between the native kernel and its torch twin (`twins`). Knows bytes and
+rows, not what a matrix is for. Called by `convert` and `pack` (making packs) and
+`mimo_local.weights` (running them). The bytes are described in docs/format.md.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
 
 from mimo_local import kernels
 from mimo_local.errors import PackError
+from quant import twins
+from quant.twins import NF4_CODES
+
+__all__ = ["FORMATS", "INT8", "MXFP4", "NF4", "NF4_CODES", "Format", "Parts", "Plain", "get_format"]
 
 Parts = dict[str, torch.Tensor]
 """A stored matrix: what `Format.parts` names, as CPU tensors."""
@@ -24,31 +28,15 @@ PartShapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 """Part name -> (dtype, shape)."""
 
 BLOCK = 64
-"""NF4: weights that share one scale."""
-
-# fmt: off
-NF4_CODES: tuple[float, ...] = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
-    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
-    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)
-# fmt: on
-"""The 16 values of bitsandbytes' nf4 code, exact in float32."""
+"""NF4: weights that share one scale; rows of 4-bit formats are whole multiples of it."""
+MX_BLOCK = 32
+"""MXFP4: weights that share one scale."""
 
 NATIVE_ROWS = 16
 """Up to this many rows the kernels multiply packed weights; above, unpacking once is cheaper."""
 
 _CHUNK = 1 << 22
 """Weights a torch twin works on at once: 16 MiB in float32, so temporaries stay below ~200 MB."""
-
-_HUNDREDTHS = (75, 78, 81, 84, 86, 88, 90, 92, 94, 96, 98, 102, 104, 106, 108, 110)
-_NF4_FACTORS = tuple(n / 100 for n in _HUNDREDTHS)
-_INT8_FACTORS = tuple(n / 100 for n in range(99, 89, -1))
-"""Scales tried, as parts of the block's (row's) largest magnitude; the kernels try the same."""
-
-_CLEARLY_LESS = 1 - 2**-12
-"""A candidate must win by more than the rounding of its own error sum, or it is not better."""
 
 
 class Format(Protocol):
@@ -101,7 +89,7 @@ def _native_matmul(
 
 
 class _Quantized(ABC):
-    """What NF4 and INT8 share: the choice between the kernel and the twin."""
+    """What NF4, MXFP4 and INT8 share: the choice between the kernel and the twin."""
 
     name: str
     code: int
@@ -184,7 +172,63 @@ class _Quantized(ABC):
         return y
 
 
-class NF4(_Quantized):
+class _FourBit(_Quantized):
+    """What NF4 and MXFP4 share: two codes in a byte, element 2i of a row in the HIGH nibble."""
+
+    block: int
+    scale_dtype: torch.dtype
+
+    def supports(self, rows: int, cols: int) -> bool:
+        """Columns must be a positive multiple of 64."""
+        return rows > 0 and cols > 0 and cols % BLOCK == 0
+
+    def parts(self, rows: int, cols: int) -> PartShapes:
+        """codes uint8 (N, K/2), scales (N, K/block)."""
+        return {
+            "codes": (torch.uint8, (rows, cols // 2)),
+            "scales": (self.scale_dtype, (rows, cols // self.block)),
+        }
+
+    def _cols(self, parts: Parts) -> int:
+        return parts["codes"].shape[1] * 2
+
+    @abstractmethod
+    def _quantize(
+        self, blocks: torch.Tensor, *, search: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+    @abstractmethod
+    def _values(self, codes: torch.Tensor) -> torch.Tensor: ...
+
+    @abstractmethod
+    def _scale(self, scales: torch.Tensor) -> torch.Tensor: ...
+
+    def pack_torch(self, w: torch.Tensor, *, search: bool = True) -> Parts:
+        """The twin of `pack`."""
+        w = _f32(w)
+        n, k = w.shape
+        out = {part: torch.empty(s, dtype=d) for part, (d, s) in self.parts(n, k).items()}
+        for rows in _row_chunks(n, k):
+            scale, codes = self._quantize(w[rows].reshape(-1, self.block), search=search)
+            pairs = codes.view(-1, 2)
+            out["codes"][rows] = ((pairs[:, 0] << 4) | pairs[:, 1]).view(-1, k // 2)
+            out["scales"][rows] = scale.view(-1, k // self.block)
+        return out
+
+    def unpack_torch(self, parts: Parts) -> torch.Tensor:
+        """The twin of `unpack`."""
+        codes, scales = parts["codes"], parts["scales"]
+        n, k = codes.shape[0], codes.shape[1] * 2
+        out = torch.empty((n, k), dtype=torch.float32)
+        for rows in _row_chunks(n, k):
+            packed = codes[rows]
+            both = torch.stack((packed >> 4, packed & 15), dim=-1)
+            blocks = self._values(both).view(-1, k // self.block, self.block)
+            out[rows] = (blocks * self._scale(scales[rows]).unsqueeze(-1)).view(-1, k)
+        return out
+
+
+class NF4(_FourBit):
     """4-bit normal-float: blocks of 64 along a row share a float16 scale; 4.25 bits a weight.
 
     `codes` uint8 (N, K/2), element 2i of a row in the HIGH nibble of byte i; `scales` float16
@@ -193,116 +237,40 @@ class NF4(_Quantized):
 
     name = "nf4"
     code = kernels.NF4
+    block = BLOCK
+    scale_dtype = torch.float16
 
-    def supports(self, rows: int, cols: int) -> bool:
-        """Columns must be a positive multiple of 64."""
-        return rows > 0 and cols > 0 and cols % BLOCK == 0
+    def _quantize(self, blocks: torch.Tensor, *, search: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        return twins.nf4_quantize(blocks, search=search)
 
-    def parts(self, rows: int, cols: int) -> PartShapes:
-        """codes uint8 (N, K/2), scales float16 (N, K/64)."""
-        return {
-            "codes": (torch.uint8, (rows, cols // 2)),
-            "scales": (torch.float16, (rows, cols // BLOCK)),
-        }
+    def _values(self, codes: torch.Tensor) -> torch.Tensor:
+        return twins.nf4_values(codes)
 
-    def _cols(self, parts: Parts) -> int:
-        return parts["codes"].shape[1] * 2
-
-    def pack_torch(self, w: torch.Tensor, *, search: bool = True) -> Parts:
-        """The twin of `pack`: nearest code to w / scale, ties to the lower code."""
-        w = _f32(w)
-        n, k = w.shape
-        codes = torch.empty((n, k // 2), dtype=torch.uint8)
-        scales = torch.empty((n, k // BLOCK), dtype=torch.float16)
-        for rows in _row_chunks(n, k):
-            blocks = w[rows].reshape(-1, BLOCK)
-            factors = _NF4_FACTORS if search else ()
-            scale, best = _best(blocks, factors, _half_scale, _nf4_nearest, _nf4_values)
-            pairs = best.view(-1, 2)
-            codes[rows] = ((pairs[:, 0] << 4) | pairs[:, 1]).view(-1, k // 2)
-            scales[rows] = scale.view(-1, k // BLOCK)
-        return {"codes": codes, "scales": scales}
-
-    def unpack_torch(self, parts: Parts) -> torch.Tensor:
-        """The twin of `unpack`."""
-        codes, scales = parts["codes"], parts["scales"]
-        n, k = codes.shape[0], codes.shape[1] * 2
-        out = torch.empty((n, k), dtype=torch.float32)
-        for rows in _row_chunks(n, k):
-            packed = codes[rows].int()
-            both = torch.stack((packed >> 4, packed & 15), dim=-1)
-            blocks = _nf4_values(both).view(-1, k // BLOCK, BLOCK)
-            out[rows] = (blocks * scales[rows].float().unsqueeze(-1)).view(-1, k)
-        return out
+    def _scale(self, scales: torch.Tensor) -> torch.Tensor:
+        return scales.float()
 
 
-def _half_scale(magnitude: torch.Tensor) -> torch.Tensor:
-    """Float16 scale of a block's magnitude: saturates at 65504, and only zero gives zero."""
-    scale = magnitude.clamp(max=65504.0).half()
-    return torch.where((scale == 0) & (magnitude > 0), torch.tensor(2.0**-24).half(), scale)
+class MXFP4(_FourBit):
+    """OCP microscaling FP4: blocks of 32 along a row share a power of two; 4.25 bits a weight.
 
+    `codes` uint8 (N, K/2), element 2i of a row in the HIGH nibble of byte i; `scales` uint8
+    (N, K/32), E8M0. A code means E2M1[code] * 2^(scale - 127). Hub checkpoints hold the same
+    numbers with the nibbles the other way round (`quant.mxfp4`).
+    """
 
-def _nf4_nearest(blocks: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Codes uint8 (B, 64) for blocks (B, 64) and scales (B,); a block of zeros gets code 7."""
-    x = blocks * _inverse(scale)
-    # Counting the middles below x is 2.6 times faster than torch.bucketize; ties go down.
-    code = torch.zeros(x.shape, dtype=torch.uint8)
-    table = torch.tensor(NF4_CODES)
-    for middle in ((table[1:] + table[:-1]) / 2).tolist():
-        code += x > middle
-    return code
+    name = "mxfp4"
+    code = kernels.MXFP4
+    block = MX_BLOCK
+    scale_dtype = torch.uint8
 
+    def _quantize(self, blocks: torch.Tensor, *, search: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        return twins.mxfp4_quantize(blocks, search=search)
 
-def _nf4_values(codes: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(NF4_CODES)[codes.int()]
+    def _values(self, codes: torch.Tensor) -> torch.Tensor:
+        return twins.mxfp4_values(codes)
 
-
-def _int8_scale(magnitude: torch.Tensor) -> torch.Tensor:
-    """Float32 scale of a row's magnitude; never denormal, so that its inverse is finite."""
-    scale = (magnitude / 127).clamp(min=2.0**-126)
-    return torch.where(magnitude == 0, 0.0, scale)
-
-
-def _int8_nearest(w: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return (w * _inverse(scale)).clamp_(-127, 127).round_().to(torch.int8)
-
-
-def _inverse(scale: torch.Tensor) -> torch.Tensor:
-    """1 / scale as a column, 0 for a scale of 0. The kernels multiply by the same inverse."""
-    wide = scale.float()
-    return torch.where(wide == 0, 0.0, 1.0 / wide).unsqueeze(1)
-
-
-_Map = Callable[[torch.Tensor], torch.Tensor]
-
-
-def _best(
-    w: torch.Tensor,
-    factors: Sequence[float],
-    to_scale: _Map,
-    nearest: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    values: _Map,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale per row of w (B, L), and codes (B, L): least squared error of 1 and `factors`."""
-    magnitude = w.abs().amax(dim=1)
-    if not bool(magnitude.isfinite().all()):
-        raise PackError("weights hold NaN or infinity", hint="the source tensor is damaged")
-
-    def error(scale: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-        return (values(codes) * scale.float().unsqueeze(1) - w).square_().sum(dim=1)
-
-    scale = to_scale(magnitude)
-    codes = nearest(w, scale)
-    least = error(scale, codes) if factors else magnitude
-    for factor in factors:
-        candidate = to_scale(magnitude * factor)
-        tried = nearest(w, candidate)
-        e = error(candidate, tried)
-        better = e < least * _CLEARLY_LESS
-        least = torch.where(better, e, least)
-        scale = torch.where(better, candidate, scale)
-        codes = torch.where(better.unsqueeze(1), tried, codes)
-    return scale, codes
+    def _scale(self, scales: torch.Tensor) -> torch.Tensor:
+        return twins.mxfp4_scale(scales)
 
 
 class INT8(_Quantized):
@@ -328,14 +296,10 @@ class INT8(_Quantized):
     def pack_torch(self, w: torch.Tensor, *, search: bool = True) -> Parts:
         """The twin of `pack`: round half to even of w / scale, clamped to +-127."""
         w = _f32(w)
-        n, k = w.shape
-        codes = torch.empty((n, k), dtype=torch.int8)
-        scales = torch.empty(n, dtype=torch.float32)
-        for rows in _row_chunks(n, k):
-            factors = _INT8_FACTORS if search else ()
-            scales[rows], codes[rows] = _best(
-                w[rows], factors, _int8_scale, _int8_nearest, torch.Tensor.float
-            )
+        codes = torch.empty(w.shape, dtype=torch.int8)
+        scales = torch.empty(w.shape[0], dtype=torch.float32)
+        for rows in _row_chunks(*w.shape):
+            scales[rows], codes[rows] = twins.int8_quantize(w[rows], search=search)
         return {"codes": codes, "scales": scales}
 
     def unpack_torch(self, parts: Parts) -> torch.Tensor:
@@ -397,6 +361,7 @@ class Plain:
 
 FORMATS: dict[str, Format] = {
     "nf4": NF4(),
+    "mxfp4": MXFP4(),
     "int8": INT8(),
     "bf16": Plain("bf16", torch.bfloat16),
     "f32": Plain("f32", torch.float32),

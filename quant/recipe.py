@@ -52,9 +52,9 @@ class Recipe:
 
     @classmethod
     def for_format(cls, name: str) -> Recipe:
-        """nf4: experts at 4 bit, the rest at 8; int8, bf16, f32: every matrix in that format."""
-        if name == "nf4":
-            return cls()
+        """nf4, mxfp4: experts at 4 bit, the rest at 8; others: every matrix in that format."""
+        if name in ("nf4", "mxfp4"):
+            return cls(experts=name)
         return cls(name, name, name, name, name, name)
 
     def format_of(self, role: Role, stored: str) -> str:

@@ -1,6 +1,6 @@
 """Synthetic checkpoints in every layout the readers must understand; small, seeded, fast.
 
-`write_bf16`, `write_fp8`, `write_fused` give a folder and return the exact float32 weights that a
+`write_bf16`, `write_fp8`, `write_mxfp4`, `write_fused` give a folder and return the exact float32 weights that a
 right reader must give back, by hub name. Written with the safetensors library: our own reader and
 writer are what is being tested.
 """
@@ -197,6 +197,40 @@ def write_fp8(
             stored |= {name: codes, name + "_scale_inv": scales}
             weights[name] = exact
     write_folder(folder, config, stored, shards=shards, mtp_in_index=mtp_in_index)
+    return weights
+
+
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def write_mxfp4(
+    folder: Path,
+    config: Mapping[str, Any],
+    *,
+    seed: int = 0,
+    shards: int = 1,
+    e8m0: bool = False,
+    dense: bool = False,
+) -> Weights:
+    """Experts as MXFP4, element 2i in the LOW nibble of byte i, scales U8 or F8_E8M0; rest BF16.
+
+    `dense`: the dense layer's matrices too. Every code is used and scales range from 2^-12 to 2^-3, so that none can be mistaken.
+    """
+    weights = random_weights(config, seed)
+    stored = _stored(weights)
+    g = torch.Generator().manual_seed(seed)
+    for name, w in weights.items():
+        if role_of(name, tuple(w.shape)) not in ("experts", *(("dense",) if dense else ())):
+            continue
+        rows, cols = w.shape
+        codes = torch.randint(0, 16, (rows, cols), generator=g)
+        scales = torch.randint(127 - 12, 127 - 2, (rows, cols // 32), generator=g)
+        value = torch.tensor([*E2M1, *(-v for v in E2M1)])[codes]
+        weights[name] = value * 2.0 ** (scales - 127).repeat_interleave(32, dim=1)
+        stored[name] = (codes[:, ::2] | codes[:, 1::2] << 4).to(torch.uint8)
+        byte = scales.to(torch.uint8)
+        stored[name + "_scale"] = byte.view(torch.float8_e8m0fnu) if e8m0 else byte
+    write_folder(folder, config, stored, shards=shards)
     return weights
 
 

@@ -18,14 +18,18 @@ from checkpoints import (
     write_folder,
     write_fp8,
     write_fused,
+    write_mxfp4,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from mimo_local.errors import CheckpointError
-from quant.checkpoint import INDEX, Checkpoint
+from quant.checkpoint import Checkpoint
+from quant.formats import FORMATS
 from quant.fp8 import fp8_to_f32, fused_grid
+from quant.mxfp4 import swap_nibbles
+from quant.shards import INDEX
 from quant.tensorfile import Scratch
 
 torch.set_num_threads(1)
@@ -149,6 +153,57 @@ def test_bf16_and_transformers_names(tmp_path: Path) -> None:
     assert "model.layers.1.mlp.experts.3.up_proj.weight" in ckpt
 
 
+@pytest.mark.parametrize("e8m0", [False, True])
+def test_experts_stored_as_mxfp4(tmp_path: Path, e8m0: bool) -> None:
+    weights = write_mxfp4(tmp_path, tiny_config(), shards=2, e8m0=e8m0)
+    ckpt = Checkpoint.open(tmp_path)
+    same(ckpt, weights)
+    name = "model.layers.2.mlp.experts.1.down_proj.weight"
+    assert ckpt.dtype(name) == "MXFP4" and ckpt.shape(name) == (256, 128)
+    assert ckpt.stored_bytes(name) == 256 * 64 + 256 * 4
+    parts = ckpt.read_mxfp4(name, slice(3, 200))
+    stated = FORMATS["mxfp4"].parts(197, 128)
+    assert {n: (p.dtype, tuple(p.shape)) for n, p in parts.items()} == stated
+    assert torch.equal(FORMATS["mxfp4"].unpack(parts), weights[name][3:200])
+    assert ckpt.nbytes == sum(
+        sum(t.nbytes for t in load_file(f).values()) for f in tmp_path.glob("*.safetensors")
+    )
+
+
+@given(n=st.integers(0, 40), seed=st.integers(0, 99))
+@settings(deadline=None, max_examples=30)
+def test_nibbles_change_places(n: int, seed: int) -> None:
+    raw = torch.randint(
+        0, 256, (n,), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8
+    )
+    wanted = [(b >> 4) | (b & 15) << 4 for b in raw.tolist()]
+    assert swap_nibbles(raw.clone()).tolist() == wanted
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s[:, :-1].contiguous(), r"scales of .* are U8 \[256, 3\]"),
+        (lambda s: s.float(), r"scales of .* are F32"),
+        (lambda s: s.fill_(253), "holds NaN or infinite scales"),
+        (lambda s: s.fill_(255), "holds NaN or infinite scales"),
+    ],
+)
+def test_mxfp4_scales_that_cannot_be(
+    tmp_path: Path, change: Callable[[torch.Tensor], torch.Tensor], message: str
+) -> None:
+    name = "model.layers.2.mlp.experts.1.down_proj.weight"
+    write_mxfp4(tmp_path, tiny_config())
+
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name + "_scale"] = change(tensors[name + "_scale"])
+
+    rewrite(tmp_path, edit)
+    with pytest.raises(CheckpointError, match=message) as e:
+        Checkpoint.open(tmp_path).read(name)
+    assert "model.safetensors" in str(e.value) and name in str(e.value) and e.value.hint
+
+
 def test_what_transformers_saves_is_read(tmp_path: Path) -> None:
     """Its own `save_pretrained` of a seeded model, compared with its own parameters."""
     from transformers import MiMoV2FlashConfig, MiMoV2FlashForCausalLM
@@ -234,6 +289,7 @@ def opened(
         "fp8": write_fp8(root / "fp8", config, shards=2),
         "bf16": write_bf16(root / "bf16", config),
         "fused": write_fused(root / "fused", config),
+        "mxfp4": write_mxfp4(root / "mxfp4", config),
     }
     return {kind: (Checkpoint.open(root / kind), weights) for kind, weights in made.items()}
 

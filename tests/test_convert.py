@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import tiny_config, write_bf16, write_fp8, write_fused
+from checkpoints import tiny_config, write_bf16, write_fp8, write_fused, write_mxfp4
 from safetensors.torch import load_file, save_file
 
 from mimo_local.errors import (
@@ -30,7 +30,7 @@ from mimo_local.errors import (
 from mimo_local.events import Progress
 from quant.checkpoint import Checkpoint
 from quant.convert import Recipe, _Meter, convert, plan_bytes
-from quant.formats import get_format
+from quant.formats import FORMATS, get_format
 from quant.inventory import expert_name, expert_of, role_of
 from quant.measure import relative_rms
 from quant.pack import Pack, expert_views
@@ -64,10 +64,10 @@ def stored_weight(pack: Pack, name: str) -> tuple[str, torch.Tensor]:
     return entry.format, get_format(entry.format).unpack(pack.read(name))
 
 
-BOUNDS = {"nf4": 0.1, "int8": 0.012, "bf16": 2**-8, "f32": 0.0}
+BOUNDS = {"nf4": 0.1, "mxfp4": 0.12, "int8": 0.012, "bf16": 2**-8, "f32": 0.0}
 
 
-@pytest.mark.parametrize("name", ["nf4", "int8", "bf16", "f32"])
+@pytest.mark.parametrize("name", FORMATS)
 def test_every_tensor_arrives_in_its_format(
     source: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path, name: str
 ) -> None:
@@ -117,6 +117,37 @@ def test_all_spellings_of_a_checkpoint_give_the_same_weights(tmp_path: Path) -> 
     assert hashes(a.path)["experts-001.safetensors"] == hashes(b.path)["experts-001.safetensors"]
     for name in a.tensors:
         assert torch.equal(stored_weight(a, name)[1], stored_weight(b, name)[1])
+
+
+def test_mxfp4_experts_stay_what_they_are(tmp_path: Path) -> None:
+    """Into a pack of the same format without loss; into another one as any weights."""
+    weights = write_mxfp4(tmp_path / "src", tiny_config())
+    with convert(tmp_path / "src", tmp_path / "pack", Recipe.for_format("mxfp4")) as pack:
+        for name, w in weights.items():
+            fmt, values = stored_weight(pack, name)
+            assert (fmt == "mxfp4") == (role_of(name, tuple(w.shape)) == "experts")
+            if fmt == "mxfp4":
+                assert torch.equal(values, w), name
+        assert pack.manifest["fallbacks"] == []
+        pack.verify()
+    with convert(tmp_path / "src", tmp_path / "nf4") as pack:
+        for name, w in weights.items():
+            fmt, values = stored_weight(pack, name)
+            if fmt == "nf4":
+                assert relative_rms(w, values) < 0.12, name  # codes are uniform, not normal
+
+
+def test_mxfp4_passes_through_in_row_ranges(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config()
+    name = "model.layers.0.mlp.gate_proj.weight"
+    weights = write_mxfp4(tmp_path / "src", config, dense=True)
+    whole = hashes(convert(tmp_path / "src", tmp_path / "a", Recipe(dense="mxfp4")).path)
+    monkeypatch.setattr("quant.convert.CHUNK", 5000)
+    pack = convert(tmp_path / "src", tmp_path / "b", Recipe(dense="mxfp4"))
+    assert hashes(pack.path) == whole
+    assert torch.equal(stored_weight(pack, name)[1], weights[name])
 
 
 def test_tied_and_without_mtp(tmp_path: Path) -> None:

@@ -396,7 +396,8 @@ def test_codes_are_nearest_and_search_is_never_worse(
         scale = scales.float().repeat_interleave(64, 1) if name == "nf4" else scales[:, None]
         nearest = (w[..., None].double() - grid.double() * scale[..., None].double()).abs().amin(-1)
         error = (w.double() - exact(name, (codes, scales)).double()).abs()
-        rounding = 2e-6 if name == "nf4" else 127 * 2.0**-22  # of w / scale and of code * scale
+        # Of w / scale (to a multiple of 1/32767 for nf4) and of code * scale.
+        rounding = 2.0**-15 + 2e-6 if name == "nf4" else 127 * 2.0**-22
         assert (error <= nearest + rounding * scale.double()).all()
     assert (squared_errors(name, w, best) <= squared_errors(name, w, plain)).all()
     groups = w.reshape(rows, -1, 64) if name == "nf4" else w

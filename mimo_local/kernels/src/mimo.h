@@ -193,7 +193,10 @@ MIMO_API int32_t mimo_mixture(const mimo_table *table, const mimo_mlp_block *blo
 
 /* w (N, K) float32, contiguous -> codes and scales of a NF4, MXFP4 or INT8 matrix. search == 0: scale from the largest
  * magnitude. search != 0: of several scales around it the one with the least squared error, per block or row; never
- * worse than search == 0. Blocks of zeros get scale 0 (MXFP4: 2^-127). info: see mimo_status; may be NULL. */
+ * worse than search == 0 but for the rounding of the following. A code is the one nearest to the weight after 4-bit
+ * formats rounded weight / scale to a multiple of 1/32767 (NF4) or 1/2048 (MXFP4, ties to the even code; bfloat16
+ * weights are hardly touched by it). Blocks of zeros get scale 0 (MXFP4: 2^-127, others 2^-116 at least). info: see
+ * mimo_status; may be NULL. */
 MIMO_API int32_t mimo_quantize(const mimo_table *table, int64_t format, const float *w, int64_t N, int64_t K,
                                void *codes, void *scales, int32_t search, int64_t *info) MIMO_NOEXCEPT;
 

@@ -1,0 +1,53 @@
+"""Which files a checkpoint folder consists of, by its index or by their names.
+
+Reads the index and asks which files exist; opens no tensors. Called by `checkpoint`.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from mimo_local.errors import CheckpointError
+from quant.tensorfile import read_json
+
+INDEX = "model.safetensors.index.json"
+REFETCH = "fetch this file of the checkpoint again; its checksum is on the model's hub page"
+
+
+def find_shards(folder: Path) -> tuple[list[str], dict[str, str] | None]:
+    """The checkpoint's safetensors file names, sorted, and the index's tensor -> file map."""
+    weight_map: dict[str, str] | None = None
+    if (folder / INDEX).exists():
+        index = read_json(folder / INDEX, error=CheckpointError, hint=REFETCH)
+        weight_map = index.get("weight_map")
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(v, str) and v == Path(v).name and v not in ("", "..")
+            for v in weight_map.values()
+        ):
+            raise CheckpointError(
+                f"{INDEX} has no usable weight_map (tensor name -> file name)", hint=REFETCH
+            )
+        names = set(weight_map.values())
+    elif (folder / "model.safetensors").exists():
+        names = {"model.safetensors"}
+    else:
+        names = {p.name for p in folder.glob("*.safetensors")}
+        for match in [m for n in names if (m := re.fullmatch(r"(.*)-\d+-of-(\d+)(\..*)", n))]:
+            width = len(match[2])
+            for i in range(int(match[2])):
+                names.add(f"{match[1]}-{i + 1:0{width}d}-of-{match[2]}{match[3]}")
+    names |= {p.name for p in folder.glob("*mtp*.safetensors")}
+    missing = sorted(n for n in names if not (folder / n).is_file())
+    if missing:
+        raise CheckpointError(
+            f"{missing[0]} is missing in {folder}"
+            + (f" (and {len(missing) - 1} more files)" if len(missing) > 1 else ""),
+            hint="fetch the missing files into the folder, then run this again",
+        )
+    if not names:
+        raise CheckpointError(
+            f"no .safetensors files in {folder}",
+            hint="give the folder of a Hugging Face checkpoint (a pack needs no conversion)",
+        )
+    return sorted(names), weight_map
