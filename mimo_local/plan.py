@@ -15,13 +15,13 @@ from mimo_local.config import ModelConfig
 from mimo_local.errors import DiskSpaceError, MimoError, NotEnoughMemoryError, UsageError
 from mimo_local.sizes import (
     GB,
-    PackFormats,
     PackSizes,
     activation_bytes,
     active_weights,
     gb,
     kv_bytes,
 )
+from quant.recipe import Recipe
 
 VRAM_RESERVE = 2_500_000_000  # CUDA context, workspaces, the desktop's own use
 RAM_SHARE, RAM_RESERVE = 8, 8 * GB  # left to the system: an eighth, at most 8 GB
@@ -229,7 +229,7 @@ def _problems(
 ) -> tuple[Problem, ...]:
     problems = []
     if layout.short:
-        small = PackSizes.estimate(config, PackFormats(*["nf4"] * 6))
+        small = PackSizes.estimate(config, Recipe.uniform("nf4"))
         saved = max(0, sizes.resident - small.resident)
         reserve = min(RAM_RESERVE, budget.ram // RAM_SHARE)
         needed = _ram_for(budget.ram - reserve + layout.short)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from mimo_local.config import LayerSpec, ModelConfig
 from mimo_local.errors import PackError, UsageError
 from quant.inventory import role_of
+from quant.recipe import FORMAT_NAMES, Recipe
 
 GB = 1_000_000_000
 ALIGN = 4096  # an expert starts on a page, so that one direct read brings it
@@ -22,60 +23,21 @@ CHUNK = 512  # rows of one prefill step: what the activations are sized for
 KINDS = ("attention", "dense", "head", "embedding", "mtp")
 
 
-class Formats(Protocol):
-    """What stores which matrices: a `quant.convert.Recipe` or this module's `PackFormats`."""
-
-    @property
-    def experts(self) -> str:
-        """Format of these matrices."""
-
-    @property
-    def attention(self) -> str:
-        """Format of these matrices."""
-
-    @property
-    def dense(self) -> str:
-        """Format of these matrices."""
-
-    @property
-    def embedding(self) -> str:
-        """Format of these matrices."""
-
-    @property
-    def head(self) -> str:
-        """Format of these matrices."""
-
-    @property
-    def mtp(self) -> str:
-        """Format of these matrices."""
-
-
-@dataclass(frozen=True, slots=True)
-class PackFormats:
-    """The default recipe: experts at 4 bit, everything else at 8."""
-
-    experts: str = "nf4"
-    attention: str = "int8"
-    dense: str = "int8"
-    embedding: str = "int8"
-    head: str = "int8"
-    mtp: str = "int8"
-
-
 def matrix_bytes(fmt: str, rows: int, cols: int) -> int:
     """Bytes of one (rows, cols) matrix in format `fmt`, scales included; UsageError if unknown."""
-    if fmt == "nf4" and cols % 64:
+    if fmt in ("nf4", "mxfp4") and cols % 64:
         fmt = "int8"  # blocks of 64 do not fit the row: such a matrix is kept at 8 bit
     match fmt:
-        case "nf4":
-            return rows * cols // 2 + rows * (cols // 64) * 2
+        case "nf4" | "mxfp4":  # 2 bytes of scale for 64 weights, or 1 for 32
+            return rows * cols // 2 + rows * cols // 32
         case "int8":
             return rows * cols + rows * 4
         case "bf16":
             return rows * cols * 2
         case "f32":
             return rows * cols * 4
-    raise UsageError(f"there is no weight format `{fmt}`", hint="formats: nf4, int8, bf16, f32")
+    known = ", ".join(FORMAT_NAMES)
+    raise UsageError(f"there is no weight format `{fmt}`", hint=f"formats: {known}")
 
 
 def matrices(config: ModelConfig) -> Iterator[tuple[str, int, int, int]]:
@@ -160,13 +122,13 @@ class PackSizes:
     exact: int
 
     @classmethod
-    def estimate(cls, config: ModelConfig, formats: Formats | None = None) -> PackSizes:
-        """What converting `config` with `formats` will write, headers aside."""
-        formats = formats or PackFormats()
+    def estimate(cls, config: ModelConfig, recipe: Recipe | None = None) -> PackSizes:
+        """What converting `config` by `recipe` will write, headers aside."""
+        recipe = recipe or Recipe()
         size = dict.fromkeys((*KINDS, "experts"), 0)
         n_layers = sum(layer.mlp == "moe" for layer in config.layers)
         for kind, rows, cols, count in matrices(config):
-            size[kind] += matrix_bytes(getattr(formats, kind), rows, cols) * count
+            size[kind] += matrix_bytes(getattr(recipe, kind), rows, cols) * count
         count = n_layers * config.n_experts
         one = size["experts"] // count if count else 0
         return cls(

@@ -27,10 +27,11 @@ from mimo_local.events import Progress
 from quant.checkpoint import Checkpoint
 from quant.formats import Format, Parts, get_format
 from quant.inventory import EXPERT_PARTS, expected, expert_name, layer_of
+from quant.jobs import Job, plan_bytes, plan_jobs
 from quant.journal import Journal
 from quant.layout import TensorSpec, plan_experts
 from quant.pack import JOURNAL, OnProgress, Pack
-from quant.recipe import Job, Recipe, plan_bytes, plan_jobs
+from quant.recipe import Recipe
 from quant.tensorfile import Scratch
 from quant.writer import MANIFEST, PART, PackWriter, Record
 

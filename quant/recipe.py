@@ -1,30 +1,18 @@
-"""What is stored how and in which file: the recipe, the files of a pack, their sizes.
+"""What is stored how: a format's name for each role a tensor can have.
 
-Pure: looks at names, shapes and stored dtypes only. Called by `convert`, and by `mimo plan`
-(through `plan_bytes`) before anything is downloaded.
+Pure names, without torch: planning for a model that was not downloaded yet starts here. Called by
+`jobs` and `convert` (making packs), `mimo_local.sizes` and the command line.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
-from functools import lru_cache
-from typing import Any
 
-from mimo_local.errors import CheckpointError, UsageError
-from quant.checkpoint import Checkpoint
-from quant.formats import FORMATS
-from quant.inventory import (
-    EXPERT_PARTS,
-    Role,
-    expected,
-    expected_mtp,
-    expert_name,
-    expert_of,
-    file_of,
-    role_of,
-)
-from quant.layout import TensorSpec, plan_experts, plan_tensors
+from mimo_local.errors import UsageError
+from quant.inventory import Role
+
+FORMAT_NAMES = ("nf4", "mxfp4", "int8", "bf16", "f32")
+"""The keys of `formats.FORMATS`."""
 
 _EXACT = {"BF16": "bf16", "F32": "f32"}
 
@@ -44,10 +32,10 @@ class Recipe:
     def __post_init__(self) -> None:
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.name != "search" and value not in FORMATS:
+            if f.name != "search" and value not in FORMAT_NAMES:
                 raise UsageError(
                     f"unknown format {value!r} for {f.name}",
-                    hint=f"choose one of {', '.join(FORMATS)}",
+                    hint=f"choose one of {', '.join(FORMAT_NAMES)}",
                 )
 
     @classmethod
@@ -55,139 +43,13 @@ class Recipe:
         """nf4, mxfp4: experts at 4 bit, the rest at 8; others: every matrix in that format."""
         if name in ("nf4", "mxfp4"):
             return cls(experts=name)
+        return cls.uniform(name)
+
+    @classmethod
+    def uniform(cls, name: str) -> Recipe:
+        """Every matrix in one format."""
         return cls(name, name, name, name, name, name)
 
     def format_of(self, role: Role, stored: str) -> str:
         """The format for a role; `stored` is the dtype in the checkpoint, kept if exact."""
         return _EXACT.get(stored, "f32") if role == "exact" else str(getattr(self, role))
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One file of the pack: `specs`, or a layer's experts (`layer`, `count`, `fmt`, `shapes`)."""
-
-    file: str
-    specs: tuple[TensorSpec, ...] = ()
-    layer: int = 0
-    count: int = 0
-    fmt: str = ""
-    shapes: Mapping[str, tuple[int, int]] | None = None
-    fallbacks: tuple[dict[str, str], ...] = ()
-
-    def nbytes(self) -> int:
-        """Size of the file."""
-        if self.shapes is None:
-            return plan_tensors(self.file, self.specs)[1]
-        # Names of equal length make headers of equal length: one layer stands for all like it.
-        alike = 10 ** (len(str(self.layer)) - 1)
-        return _expert_bytes(alike, self.count, self.fmt, tuple(sorted(self.shapes.items())))
-
-    def names(self) -> Iterator[str]:
-        """Hub names of the tensors in it."""
-        if self.shapes is None:
-            yield from (spec.name for spec in self.specs)
-        else:
-            for expert in range(self.count):
-                yield from (expert_name(self.layer, expert, part) for part in EXPERT_PARTS)
-
-
-@lru_cache(maxsize=64)
-def _expert_bytes(
-    layer: int, count: int, fmt: str, shapes: tuple[tuple[str, tuple[int, int]], ...]
-) -> int:
-    return plan_experts("", layer, count, fmt, dict(shapes))[1]
-
-
-def plan_bytes(source: Checkpoint | Mapping[str, Any], recipe: Recipe) -> int:
-    """Bytes of the pack's safetensors files, headers and padding included.
-
-    For an opened checkpoint exactly what `convert` writes; for a config.json nothing is downloaded,
-    and the MTP layers it implies are counted.
-    """
-    if isinstance(source, Checkpoint):
-        shapes = {name: source.shape(name) for name in source.names()}
-        stored = {name: source.dtype(name) for name in shapes}
-    else:
-        shapes = expected(source) | expected_mtp(source)
-        stored = {name: "F32" if ".mlp.gate." in name else "BF16" for name in shapes}
-    return sum(job.nbytes() for job in plan_jobs(shapes, stored, recipe))
-
-
-def plan_jobs(
-    shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, str], recipe: Recipe
-) -> list[Job]:
-    """Files in the order they are written: model, then each layer and its experts, then MTP."""
-    files: dict[str, list[str]] = {}
-    for name in sorted(shapes):
-        files.setdefault(file_of(name), []).append(name)
-
-    def order(file: str) -> tuple[int, str, str]:
-        kind, _, layer = file.removesuffix(".safetensors").partition("-")
-        return ({"model": 0, "mtp": 2}.get(kind, 1), layer, "" if kind == "layer" else kind)
-
-    jobs = []
-    for file in sorted(files, key=order):
-        names = files[file]
-        if expert_of(names[0]):
-            jobs.append(_expert_job(file, names, shapes, recipe))
-        else:
-            jobs.append(_tensor_job(file, names, shapes, stored, recipe))
-    return jobs
-
-
-def _tensor_job(
-    file: str,
-    names: list[str],
-    shapes: Mapping[str, tuple[int, ...]],
-    stored: Mapping[str, str],
-    recipe: Recipe,
-) -> Job:
-    specs, fallbacks = [], []
-    for name in names:
-        shape = shapes[name]
-        fmt = recipe.format_of(role_of(name, shape), stored[name])
-        if len(shape) == 2:
-            used = _supported(fmt, [(shape[0], shape[1])])
-            if used != fmt:
-                fallbacks.append(_fallback(name, fmt, used, shape))
-            fmt = used
-        specs.append(TensorSpec(name, fmt, shape))
-    return Job(file, tuple(specs), fallbacks=tuple(fallbacks))
-
-
-def _expert_job(
-    file: str, names: list[str], shapes: Mapping[str, tuple[int, ...]], recipe: Recipe
-) -> Job:
-    found: dict[str, tuple[int, int]] = {}
-    numbers, layer = set(), 0
-    for name in names:
-        layer, expert, matrix = expert_of(name) or (0, 0, "")
-        numbers.add(expert)
-        rows, cols = shapes[name]
-        if found.setdefault(matrix, (rows, cols)) != (rows, cols):
-            raise CheckpointError(
-                f"{name} has shape {[rows, cols]}, its layer's others {list(found[matrix])}",
-                hint="a pack needs the experts of a layer to be alike",
-            )
-    if numbers != set(range(len(numbers))) or len(names) != len(numbers) * len(EXPERT_PARTS):
-        raise CheckpointError(
-            f"layer {layer} has {len(names)} expert matrices for {len(numbers)} experts",
-            hint="a shard may be missing: compare the folder with the hub's file list",
-        )
-    fmt = _supported(recipe.experts, list(found.values()))
-    fallbacks: tuple[dict[str, str], ...] = ()
-    if fmt != recipe.experts:
-        worst = next(s for s in found.values() if not FORMATS[recipe.experts].supports(*s))
-        label = f"model.layers.{layer}.mlp.experts"
-        fallbacks = (_fallback(label, recipe.experts, fmt, worst),)
-    return Job(file, (), layer, len(numbers), fmt, found, fallbacks)
-
-
-def _supported(fmt: str, shapes: list[tuple[int, int]]) -> str:
-    """The format, or the next one that can hold all these shapes: int8, then bf16."""
-    return next(f for f in (fmt, "int8", "bf16") if all(FORMATS[f].supports(*s) for s in shapes))
-
-
-def _fallback(name: str, wanted: str, used: str, shape: tuple[int, ...]) -> dict[str, str]:
-    reason = f"{wanted} cannot hold {shape[0]} x {shape[1]}"
-    return {"tensor": name, "wanted": wanted, "stored": used, "reason": reason}

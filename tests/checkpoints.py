@@ -1,7 +1,7 @@
 """Synthetic checkpoints in every layout the readers must understand; small, seeded, fast.
 
-`write_bf16`, `write_fp8`, `write_mxfp4`, `write_fused` give a folder and return the exact float32 weights that a
-right reader must give back, by hub name. Written with the safetensors library: our own reader and
+`write_bf16`, `write_fp8`, `write_mxfp4`, `write_fused` give a folder and return the exact float32
+weights that a right reader must give back, by hub name. Written with the safetensors library: our own reader and
 writer are what is being tested.
 """
 
@@ -214,7 +214,8 @@ def write_mxfp4(
 ) -> Weights:
     """Experts as MXFP4, element 2i in the LOW nibble of byte i, scales U8 or F8_E8M0; rest BF16.
 
-    `dense`: the dense layer's matrices too. Every code is used and scales range from 2^-12 to 2^-3, so that none can be mistaken.
+    `dense`: the dense layer's matrices too. Every code is used and scales range from 2^-12 to 2^-3,
+    so that none can be mistaken.
     """
     weights = random_weights(config, seed)
     stored = _stored(weights)

@@ -113,7 +113,7 @@ def test_kernel_and_twin_give_the_same_bytes(
         assert torch.equal(fmt.unpack(native), fmt.unpack_torch(native))
         x = gaussian(5, shape[1], seed=1)
         scale = x.norm() * w.norm() / shape[1] ** 0.5  # a product alone may be next to nothing
-        assert (fmt.matmul(x, native) - fmt.matmul_torch(x, native)).norm() < FEW_ROWS * scale
+        assert (fmt.matmul(x, native) - fmt.matmul_torch(x, native)).norm() <= FEW_ROWS * scale
         native, twin = fmt.pack(w), fmt.pack_torch(w)
         # NF4's and INT8's searches compare float32 sums, which are added up in another order.
         differ = (native["scales"] != twin["scales"]).float().mean()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,8 @@ from hypothesis import strategies as st
 from mimo_local import sizes
 from mimo_local.config import ModelConfig
 from mimo_local.errors import UsageError
+from quant.formats import FORMATS
+from quant.recipe import FORMAT_NAMES, Recipe
 
 REAL = ModelConfig.from_dict(
     json.loads((Path(sizes.__file__).with_name("real_config.json")).read_text())
@@ -51,28 +56,36 @@ def test_the_kv_cache_of_the_real_model() -> None:
 
 @pytest.mark.parametrize(
     ("fmt", "expert", "total_gb"),
-    [("nf4", 13_369_344, 168.0), ("int8", 25_198_592, 310.3), ("bf16", 50_331_648, 612.7)],
+    [
+        ("nf4", 13_369_344, 168.0),
+        ("mxfp4", 13_369_344, 168.0),
+        ("int8", 25_198_592, 310.3),
+        ("bf16", 50_331_648, 612.7),
+    ],
 )
 def test_expert_and_pack_bytes(fmt: str, expert: int, total_gb: float) -> None:
-    pack = sizes.PackSizes.estimate(REAL, sizes.PackFormats(experts=fmt))
+    pack = sizes.PackSizes.estimate(REAL, Recipe(experts=fmt))
     assert (pack.expert, pack.experts) == (expert, 12_032)
     assert pack.total / 1e9 == pytest.approx(total_gb, abs=0.1)
     assert pack.expert % sizes.ALIGN == 0
 
 
 def test_prices_are_those_of_the_formats_that_write_the_bytes() -> None:
-    from quant.formats import FORMATS
-
     for name, fmt in FORMATS.items():
         for rows, cols in ((1, 64), (7, 128), (192, 576), (2048, 4096)):
             assert sizes.matrix_bytes(name, rows, cols) == fmt.nbytes(rows, cols), name
 
 
-def test_the_default_formats_are_the_converters_default_recipe() -> None:
-    convert = pytest.importorskip("quant.convert")
-    recipe, ours = convert.Recipe(), sizes.PackFormats()
-    for kind in (*sizes.KINDS, "experts"):
-        assert getattr(ours, kind) == getattr(recipe, kind), kind
+def test_a_recipe_has_a_format_for_every_kind_of_matrix() -> None:
+    names = {field.name for field in dataclasses.fields(Recipe)}
+    assert names == {*sizes.KINDS, "experts", "search"}
+    assert tuple(FORMATS) == FORMAT_NAMES
+
+
+def test_planning_needs_no_torch() -> None:
+    code = "import sys, mimo_local.plan; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 def test_an_unknown_format_is_named() -> None:

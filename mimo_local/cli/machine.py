@@ -65,7 +65,7 @@ PlanModel = Annotated[
 ]
 Context = Annotated[int, typer.Option("--context", help="tokens to keep room for", metavar="N")]
 Format = Annotated[
-    str, typer.Option("--format", help="nf4 (experts, rest int8), int8 or bf16", metavar="F")
+    str, typer.Option("--format", help="nf4 or mxfp4 (experts, rest int8), int8, bf16", metavar="F")
 ]
 Measure = Annotated[bool, typer.Option("--measure", help="measure this RAM and disk, ~2 s")]
 
@@ -110,19 +110,20 @@ def plan(
 def subject(model: Path | None, fmt: str) -> tuple[ModelConfig, PackSizes, str]:
     """(config, bytes, what to call it) of a pack, a checkpoint to be packed, or the real model."""
     from mimo_local.config import ModelConfig
-    from mimo_local.sizes import PackFormats, PackSizes
+    from mimo_local.sizes import PackSizes
+    from quant.recipe import Recipe
 
-    formats = PackFormats() if fmt == "nf4" else PackFormats(*[fmt] * 6)
+    recipe = Recipe.for_format(fmt)
     if model is None:
         data = Path(__file__).parent.with_name("real_config.json").read_text(encoding="utf-8")
         config = ModelConfig.from_dict(jsonlib.loads(data))
-        return config, PackSizes.estimate(config, formats), f"MiMo-V2-Flash, {fmt} pack"
+        return config, PackSizes.estimate(config, recipe), f"MiMo-V2-Flash, {fmt} pack"
     config = ModelConfig.from_dir(model)
     manifest = model / PACK_MANIFEST
     if manifest.is_file():
         found = PackSizes.of_pack(jsonlib.loads(manifest.read_text(encoding="utf-8")))
         return config, found, f"the pack {model.resolve().name}"
-    return config, PackSizes.estimate(config, formats), f"{model.resolve().name} as {fmt} pack"
+    return config, PackSizes.estimate(config, recipe), f"{model.resolve().name} as {fmt} pack"
 
 
 def this_machine(*, measure: bool) -> Budget:

@@ -29,7 +29,7 @@ Target = Annotated[
     Path, typer.Argument(help="folder for the pack, or a name for it", metavar="DST")
 ]
 Format = Annotated[
-    str, typer.Option("--format", help="nf4: experts at 4 bit, the rest at 8; or int8", metavar="F")
+    str, typer.Option("--format", help="nf4, mxfp4 (experts, rest int8), int8, bf16", metavar="F")
 ]
 NoSearch = Annotated[
     bool, typer.Option("--no-search", help="plain largest-value scales: faster, less exact")
@@ -39,7 +39,7 @@ ASK_S = 600  # a conversion predicted to take longer is confirmed first
 
 
 def _part(name: str, what: str) -> object:
-    return typer.Option(f"--{name}", help=f"format of {what}: nf4, int8, bf16", metavar="F")
+    return typer.Option(f"--{name}", help=f"format of {what}: nf4, mxfp4, int8, bf16", metavar="F")
 
 
 Attention = Annotated[str | None, _part("attention", "the attention matrices")]
