@@ -1,8 +1,8 @@
 """Synthetic checkpoints in every layout the readers must understand; small, seeded, fast.
 
 `write_bf16`, `write_fp8`, `write_mxfp4`, `write_fused` give a folder and return the exact float32
-weights that a right reader must give back, by hub name. Written with the safetensors library: our own reader and
-writer are what is being tested.
+weights that a right reader must give back, by hub name. Written with the safetensors library: our
+own reader and writer are what is being tested.
 """
 
 from __future__ import annotations
