@@ -22,7 +22,7 @@ namespace avx2 {
 constexpr const char *kName = "avx2";
 
 #include "ops_avx2.inc"
-#include "bytes_avx2.inc"
+#define MIMO_BYTES "bytes_avx2.inc"
 #define MIMO_DOT "dot_avx2.inc"
 #include "generic.inc"
 

@@ -36,7 +36,7 @@ namespace avx512 {
 constexpr const char *kName = "avx512";
 
 #include "ops_avx512.inc"
-#include "bytes_avx512.inc"
+#define MIMO_BYTES "bytes_avx512.inc"
 #define MIMO_DOT "dot_avx512.inc"
 #include "generic.inc"
 

@@ -13,7 +13,7 @@ namespace scalar {
 constexpr const char *kName = "scalar";
 
 #include "ops_scalar.inc"
-#include "bytes_scalar.inc"
+#define MIMO_BYTES "bytes_scalar.inc"
 #define MIMO_DOT "dot_scalar.inc"
 #include "generic.inc"
 
