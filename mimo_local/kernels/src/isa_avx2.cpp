@@ -23,6 +23,7 @@ constexpr const char *kName = "avx2";
 
 #include "ops_avx2.inc"
 #define MIMO_DOT "dot_avx2.inc"
+#define MIMO_PANELS "panels_avx2.inc"
 #include "generic.inc"
 
 }  // namespace avx2
