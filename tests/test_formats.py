@@ -225,9 +225,9 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(name: str) -> None:
         pytest.skip("only the kernels promise this")
     fmt = get_format(name)
     parts = fmt.pack(gaussian(48, 192, seed=4))
-    x = gaussian(16, 192, seed=5)
+    x = gaussian(8, 192, seed=5)
     together = fmt.matmul(x, parts)
-    for t in range(16):
+    for t in range(8):
         assert torch.equal(fmt.matmul(x[t : t + 1], parts)[0], together[t])
 
 

@@ -97,6 +97,8 @@ using PreparePanels = void (*)(std::int64_t format, const float *x, std::int64_t
                                std::int64_t T, std::int64_t K, std::int64_t t0, std::int64_t t1, void *out) noexcept;
 using PanelsScratch = std::int64_t (*)(std::int64_t format, std::int64_t K) noexcept;  // bytes one worker needs
 using MultiplyPanels = void (*)(const PanelsJob &, std::int64_t n0, std::int64_t n1, void *scratch) noexcept;
+// The multiply-adds of multiply_panels from registers alone; returns the operations done, two per multiply-add.
+using PanelPeak = double (*)(std::int64_t iterations) noexcept;
 
 // ---- quantisers -----------------------------------------------------------------------------------------------------
 
@@ -297,6 +299,7 @@ struct mimo_table {
   mimo::PreparePanels prepare_panels;
   mimo::PanelsScratch panels_scratch;
   mimo::MultiplyPanels multiply_panels;
+  mimo::PanelPeak panel_peak;
   // quantize.inc
   mimo::QuantizeRows nf4_quantize;
   mimo::QuantizeRows mxfp4_quantize;

@@ -24,6 +24,7 @@ constexpr const char *kName = "avx2";
 #include "ops_avx2.inc"
 #define MIMO_BYTES "bytes_avx2.inc"
 #define MIMO_DOT "dot_avx2.inc"
+#define MIMO_PANELS "panels_avx2.inc"
 #include "generic.inc"
 
 }  // namespace avx2

@@ -38,6 +38,7 @@ constexpr const char *kName = "avx512";
 #include "ops_avx512.inc"
 #define MIMO_BYTES "bytes_avx512.inc"
 #define MIMO_DOT "dot_avx512.inc"
+#define MIMO_PANELS "panels_avx512.inc"
 #include "generic.inc"
 
 }  // namespace avx512

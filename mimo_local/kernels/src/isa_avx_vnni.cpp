@@ -41,6 +41,7 @@ __m256i dot_bytes(__m256i sum, __m256i u, __m256i s) noexcept { return _mm256_dp
 #include "ops_avx2.inc"
 #define MIMO_BYTES "bytes_avx2.inc"
 #define MIMO_DOT "dot_avx2.inc"
+#define MIMO_PANELS "panels_avx2.inc"
 #include "generic.inc"
 
 }  // namespace avx_vnni

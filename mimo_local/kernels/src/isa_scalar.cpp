@@ -15,6 +15,7 @@ constexpr const char *kName = "scalar";
 #include "ops_scalar.inc"
 #define MIMO_BYTES "bytes_scalar.inc"
 #define MIMO_DOT "dot_scalar.inc"
+#define MIMO_PANELS "panels_scalar.inc"
 #include "generic.inc"
 
 }  // namespace scalar
