@@ -18,7 +18,7 @@ from mimo_local.config import ModelConfig
 
 # Up to this many rows every row is computed alone, so its bits do not depend on its company: a
 # draft of a few tokens must be judged by the numbers one token at a time would give.
-EXACT_ROWS = 16
+EXACT_ROWS = 8
 # Below this many rows torch's own threads cost more than they give: between two products they spin
 # on the cores the kernels' threads need. Demo model, 2 cores, `mimo chat`, medians of 4 pairs: a
 # 38-token prompt at 43 tokens/s with them and 83 without, decoding at 11.2 and 14.5. From 128 rows
