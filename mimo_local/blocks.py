@@ -1,8 +1,7 @@
-"""Half a layer in one call of the native library: attention, or the MLP or mixture, each with its
-norm and residual.
+"""Half a layer in one native call: attention, or MLP or mixture, each with its norm and residual.
 
-Turns loaded weights into the structs of addresses the library reads (`kernels/src/mimo.h`) and keeps
-them alive; knows no arithmetic. The torch way through the same layer stands in `model`, is taken
+Turns loaded weights into the structs of addresses the library reads (`kernels/src/mimo.h`) and
+keeps them alive; knows no arithmetic. The torch way through the same layer stands in `model`, is taken
 where there is no library, and is what these calls are tested against. Called by `model`.
 """
 
@@ -16,7 +15,6 @@ from mimo_local import kernels
 from mimo_local.cache import KVCache
 from mimo_local.config import LayerSpec, ModelConfig
 from mimo_local.weights import QuantLinear
-
 
 KV_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 """Dtypes of a cache the library reads -> `mimo_heads.kv_bf16`."""

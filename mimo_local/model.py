@@ -186,15 +186,16 @@ class Layer:
 
     @cached_property
     def _native_mlp(self) -> NativeMixture:
-        part = self.mlp
+        part, native = self.mlp, kernels.loaded()
         if isinstance(part, MLP):
-            mlps = (kernels.Mlp * 1)(mlp_of(part.gate, part.up, part.down))
-            config, router, keep = self.config, None, part
-        else:
-            mlps, keep = part.experts.mlps(part.layer)
-            config, router = part.config, (part.router, part.bias)
+            mlp = (kernels.Mlp * 1)(mlp_of(part.gate, part.up, part.down))
+            return NativeMixture(
+                native, self.config, norm=self.post_norm, mlps=mlp, router=None, keep=part
+            )
+        mlps, keep = part.experts.mlps(part.layer)
+        router = (part.router, part.bias)
         return NativeMixture(
-            kernels.loaded(), config, norm=self.post_norm, mlps=mlps, router=router, keep=keep
+            native, part.config, norm=self.post_norm, mlps=mlps, router=router, keep=keep
         )
 
 

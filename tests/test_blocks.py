@@ -96,9 +96,7 @@ def test_a_quantised_layer_is_the_torch_layer_but_for_rounded_activations(
     tmp_path: Path, fmt: str
 ) -> None:
     """All experts chosen: a choice that flips would hide what rounding does."""
-    d = tiny.config(
-        "fs", "dm", window=6, hidden=64, top_k=8, intermediate=128, moe_intermediate=64
-    )
+    d = tiny.config("fs", "dm", window=6, hidden=64, top_k=8, intermediate=128, moe_intermediate=64)
     folder = tiny.write(tmp_path / "m", d, seed=5)
     convert(folder, tmp_path / "pack", Recipe.for_format(fmt))
     model = load(tmp_path / "pack")

@@ -264,7 +264,9 @@ def test_the_bits_of_a_row_do_not_depend_on_its_company(
     for cache in caches:
         small.prefill(Segment(ids[:60], cache))
     alone = torch.cat([small.forward([Segment(ids[i : i + 1], caches[0])]) for i in range(60, 76)])
-    draft = torch.cat([small.forward([Segment(p, caches[1])]) for p in ids[60:].split([4, 1, 8, 3])])
+    draft = torch.cat(
+        [small.forward([Segment(p, caches[1])]) for p in ids[60:].split([4, 1, 8, 3])]
+    )
     assert torch.equal(draft, alone)
     other = Segment(ids_for(small, 4, seed=9), small.new_cache())
     both = small.forward([other, Segment(ids[60:64], caches[2])])
