@@ -1,8 +1,8 @@
 """Half a layer in one native call: attention, or MLP or mixture, each with its norm and residual.
 
 Turns loaded weights into the structs of addresses the library reads (`kernels/src/mimo.h`) and
-keeps them alive; knows no arithmetic. The torch way through the same layer stands in `model`, is taken
-where there is no library, and is what these calls are tested against. Called by `model`.
+keeps them alive; knows no arithmetic. The torch way through the same layer stands in `model`: it is
+taken where there is no library, and is what these calls are tested against. Called by `model`.
 """
 
 from __future__ import annotations

@@ -7,30 +7,20 @@ leaves the cache as it was. Called by `model`; `generate` and `engine` truncate,
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import hashlib
-import json
-import os
 import weakref
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from mimo_local import cache_file
 from mimo_local.config import LayerSpec, ModelConfig
-from mimo_local.errors import DiskSpaceError, PackError, UsageError
-from quant.tensorfile import bytes_of
+from mimo_local.errors import UsageError
 
 # A ring is kept unrolled: rows lie in order, and when the end is reached the rows still needed move
 # to the front. 32 spare rows: one move of W - 1 + slack rows per 32 tokens, and every view a slice.
 SPARE_ROWS = 32
-_FORMAT = "mimo-kv-1"
-_HINT = "delete the file: the conversation can be read again from its text"
 
 
 class View(NamedTuple):
@@ -320,34 +310,21 @@ class KVCache:
             first, k, v = layer.rows(self.length)
             firsts.append(first)
             tensors[f"layers.{i}.k"], tensors[f"layers.{i}.v"] = k.contiguous(), v.contiguous()
-        facts: dict[str, Any] = {
-            "format": _FORMAT,
-            "config": fingerprint(self.config),
-            "first": firsts,
-        }
-        facts |= {"length": self.length, "slack": self.slack}
-        meta = {"mimo": json.dumps(facts), "checksum": _checksum(facts, tensors)}
-        with _whole_file(Path(path)) as part:
-            save_file(tensors, part, metadata=meta)
+        facts = {"first": firsts, "length": self.length, "slack": self.slack}
+        cache_file.write(Path(path), self.config, facts, tensors)
 
     @classmethod
     def load(
         cls, path: Path | str, config: ModelConfig, *, device: torch.device | str | None = None
     ) -> KVCache:
         """Read a saved cache of the same model configuration. Raises PackError if it is not one."""
-        facts, tensors = _read(Path(path), config)
+        facts, tensors = cache_file.read(Path(path), config)
         dtype = tensors["layers.0.k"].dtype
         cache = cls(config, dtype=dtype, slack=facts["slack"], device=device)
         for i, layer in enumerate(cache.layers):
             layer.load(facts["first"][i], tensors[f"layers.{i}.k"], tensors[f"layers.{i}.v"])
         cache.length = facts["length"]
         return cache
-
-
-def fingerprint(config: ModelConfig) -> str:
-    """Digest of every number the cached rows depend on; equal for equal configs only."""
-    text = json.dumps(asdict(config), sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -358,71 +335,3 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 def _like(old: torch.Tensor, rows: int) -> torch.Tensor:
     return _empty((rows, *old.shape[1:]), old.dtype, old.device)
-
-
-def _checksum(facts: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
-    digest = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16)
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(bytes_of(tensors[name].cpu()))
-    return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def _whole_file(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` that becomes `path` only if the body succeeds."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield part
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
-    except (OSError, SafetensorError) as e:
-        full = "os error 28" in str(e) or (isinstance(e, OSError) and e.errno == errno.ENOSPC)
-        error = DiskSpaceError if full else UsageError
-        raise error(f"cannot write `{path}`: {e}", hint="choose another place for it") from e
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _read(path: Path, config: ModelConfig) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """(facts, tensors) of a saved cache that fits `config`, every claim checked; or PackError."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            meta = file.metadata() or {}
-            facts = json.loads(meta.get("mimo", "0"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, ValueError) as e:
-        raise PackError(f"`{path}` is not a saved cache: {e}", hint=_HINT) from e
-    if not isinstance(facts, dict) or facts.get("format") != _FORMAT:
-        raise PackError(f"`{path}` is not a saved cache of this version ({_FORMAT})", hint=_HINT)
-    if facts.get("config") != fingerprint(config):
-        raise PackError(f"`{path}` was saved with another model or window", hint=_HINT)
-    if meta.get("checksum") != _checksum(facts, tensors):
-        raise PackError(f"`{path}` is damaged: its checksum does not match", hint=_HINT)
-    if not _consistent(facts, tensors, config):
-        raise PackError(f"`{path}` holds rows that do not fit its length", hint=_HINT)
-    return facts, tensors
-
-
-def _consistent(
-    facts: dict[str, Any], tensors: dict[str, torch.Tensor], config: ModelConfig
-) -> bool:
-    """Whether shapes and positions are what `save` writes (a checksum is no proof of intent)."""
-    length, slack, first = facts.get("length"), facts.get("slack"), facts.get("first")
-    if not (isinstance(length, int) and isinstance(slack, int) and 0 <= slack < 1 << 16):
-        return False
-    if not isinstance(first, list) or len(first) != config.n_layers:
-        return False
-    for spec, start in zip(config.layers, first, strict=True):
-        low = 0 if spec.window is None else length - spec.window + 1 - slack
-        high = 0 if spec.window is None else max(0, length - spec.window + 1)
-        if not (isinstance(start, int) and max(0, low) <= start <= high):
-            return False
-        for part, dim in (("k", spec.head_dim), ("v", spec.v_head_dim)):
-            rows = tensors.get(f"layers.{spec.index}.{part}")
-            if rows is None or rows.shape != (length - start, spec.kv_heads, dim):
-                return False
-            if rows.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-                return False
-    return True

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from mimo_local.cache import SPARE_ROWS, KVCache, View, fingerprint
+from mimo_local.cache import SPARE_ROWS, KVCache, View
+from mimo_local.cache_file import fingerprint
 from mimo_local.config import ModelConfig
 from mimo_local.errors import MimoError, PackError, UsageError
 
@@ -277,14 +278,14 @@ def test_a_consistent_checksum_over_impossible_facts_is_refused(
 ) -> None:
     from safetensors import safe_open
 
-    from mimo_local import cache as module
+    from mimo_local import cache_file as module
 
     path, facts = saved
     with safe_open(path, framework="pt") as file:
         meta = dict(file.metadata())
     claims = json.loads(meta["mimo"]) | lie
     tensors = load_file(path)
-    meta = {"mimo": json.dumps(claims), "checksum": module._checksum(claims, tensors)}
+    meta = {"mimo": json.dumps(claims), "checksum": module.checksum(claims, tensors)}
     save_file(tensors, path, metadata=meta)
     with pytest.raises(PackError, match="do not fit"):
         KVCache.load(path, facts)
