@@ -272,11 +272,14 @@ struct Mixture {
 // shape or without memory behind it. Uses kSlotPlan and kSlotHidden. Throws std::bad_alloc.
 bool mix(Mixture call, std::int64_t most_pairs);
 
-// ---- threads: pool.cpp ----------------------------------------------------------------------------------------------
+// ---- threads: pool.cpp, cores.cpp ----------------------------------------------------------------------------------
 
-// Threads this process may keep busy, from files under `root` ("" in production).
+// cores.cpp: threads this process may keep busy, from files under `root` ("" in production).
 int cgroup_cpu_limit(const char *root) noexcept;
 int usable_cores() noexcept;
+inline constexpr int kMostThreads = 256;
+// The CPUs that `threads` threads, the caller's first, should be kept on; false: wherever the system likes.
+bool worker_homes(int threads, int *cpus);
 
 // One turn of a loop that waits for another thread of the pool, the i-th: a pause first, then the core is given away.
 void relax(int i) noexcept;

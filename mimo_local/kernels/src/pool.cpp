@@ -1,8 +1,8 @@
-// The threads: how many this process should use, and a pool that hands out ranges of work. No SIMD here.
+// The threads: a pool that hands out ranges of work. No SIMD here.
 //
 // A job is published by opening `state_`; workers that come in time enter by counting themselves into it, the caller
 // works too, closes the job when no work is left, and waits only for those who entered. A worker that wakes late, or
-// that the scheduler keeps away, is never waited for. Idle workers spin for some microseconds, because the next matrix
+// that the scheduler keeps away, is never waited for. Idle workers spin for 50 microseconds, because the next matrix
 // of a layer usually comes at once, and then sleep, because spinning steals the cores from everyone else.
 #include <pthread.h>
 #include <sched.h>
@@ -13,17 +13,12 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
-#include <cstdio>
 #include <cstdlib>
-#include <fstream>
 #include <memory>
 #include <mutex>
 #include <new>
-#include <set>
-#include <sstream>
 #include <string>
 #include <thread>
-#include <utility>
 #include <vector>
 
 #include "internal.h"
@@ -35,10 +30,9 @@
 namespace mimo {
 namespace {
 
-constexpr int kMostThreads = 256;
 // How long a worker spins before it sleeps. Between the calls of a decode step lie 5 to 50 microseconds; a worker that
-// sleeps joins 15 to 50 late. Measured with 12 microseconds of work and gaps of 5 to 50, 2 threads: no worker in time
-// with 0, every one with 50 (6.2 instead of 12.1 microseconds a job).
+// sleeps joins 60 to 90 late (a virtual machine; 1 to 3 while it spins). Measured with 12 microseconds of work and gaps of 5 to
+// 50, 2 threads: no worker in time with 0, nearly every one with 50 (6.2 instead of 12.1 microseconds a job).
 constexpr double kSpinSeconds = 50e-6;
 constexpr int kCalibration = 200;  // pauses timed to learn how long one takes: 40 cycles on one CPU, 140 on another
 constexpr int kMostSpins = 1 << 16;
@@ -79,73 +73,6 @@ void relax(int i) noexcept {
 }
 
 namespace {
-
-// ---- how many threads -----------------------------------------------------------------------------------------------
-
-std::string first_line(const std::string &path) {
-  std::ifstream file(path);
-  std::string line;
-  std::getline(file, line);
-  return line;
-}
-
-// CPUs a quota of `quota` microseconds every `period` amounts to; 0 means no limit.
-int quota_cpus(double quota, double period) noexcept {
-  if (!(quota > 0.0) || !(period > 0.0)) return 0;
-  return std::max(1, static_cast<int>(std::min(quota / period, 65536.0)));
-}
-
-int quota_in(const std::string &folder, bool unified) {
-  double quota = 0.0;
-  double period = 0.0;
-  if (unified) {  // "max 100000" or "150000 100000"
-    std::istringstream(first_line(folder + "/cpu.max")) >> quota >> period;
-  } else {  // -1 or microseconds
-    std::istringstream(first_line(folder + "/cpu.cfs_quota_us")) >> quota;
-    std::istringstream(first_line(folder + "/cpu.cfs_period_us")) >> period;
-  }
-  return quota_cpus(quota, period);
-}
-
-// The tightest quota of a group and its ancestors up to the mount point. Inside a container the path may name a group
-// of the host that is not visible here; the mount point itself is then the container's own group.
-int tightest(const std::string &mount, std::string group, bool unified) {
-  int least = quota_in(mount, unified);
-  while (group.size() > 1) {
-    const int here = quota_in(mount + group, unified);
-    if (here > 0 && (least == 0 || here < least)) least = here;
-    group.resize(group.find_last_of('/'));
-  }
-  return least;
-}
-
-// CPUs of the affinity mask, in a set that holds machines of any size.
-std::vector<int> allowed_cpus() {
-  std::vector<int> cpus;
-  for (int bits = 1024; bits <= 1 << 18; bits *= 2) {
-    std::unique_ptr<cpu_set_t, void (*)(cpu_set_t *)> set(CPU_ALLOC(bits), [](cpu_set_t *s) { CPU_FREE(s); });
-    const std::size_t size = CPU_ALLOC_SIZE(bits);
-    if (set == nullptr || sched_getaffinity(0, size, set.get()) != 0) continue;
-    for (int cpu = 0; cpu < bits; ++cpu) {
-      if (CPU_ISSET_S(cpu, size, set.get())) cpus.push_back(cpu);
-    }
-    break;
-  }
-  return cpus;
-}
-
-// One CPU of each physical core of the mask: SMT siblings share the units these kernels keep busy.
-std::vector<int> one_cpu_per_core(const std::vector<int> &cpus) {
-  std::set<std::pair<std::string, std::string>> seen;
-  std::vector<int> first;
-  for (const int cpu : cpus) {
-    const std::string topology = "/sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/topology/";
-    std::string core = first_line(topology + "core_id");
-    if (core.empty()) core = "cpu" + std::to_string(cpu);  // no sysfs: count every CPU
-    if (seen.emplace(first_line(topology + "physical_package_id"), core).second) first.push_back(cpu);
-  }
-  return first;
-}
 
 // ---- the pool -------------------------------------------------------------------------------------------------------
 
@@ -278,13 +205,14 @@ class Pool {
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
     try {
-      const std::vector<int> homes = pinned_homes(wanted + 1);
+      std::vector<int> homes(static_cast<std::size_t>(wanted) + 1);
+      const bool pinned = worker_homes(wanted + 1, homes.data());
       const std::uint32_t seen = turns_.load(std::memory_order_relaxed);
       for (int i = 0; i < wanted; ++i) {
         workers_.emplace_back([this, i, seen] { serve(i + 1, seen); });
         const std::string name = "mimo-kernel-" + std::to_string(i + 1);
         pthread_setname_np(workers_.back().native_handle(), name.substr(0, 15).c_str());
-        if (!homes.empty()) pin(workers_.back(), homes[static_cast<std::size_t>(i) + 1]);
+        if (pinned) pin(workers_.back(), homes[static_cast<std::size_t>(i) + 1]);
       }
     } catch (...) {  // no more threads to be had: the ones there are do the work
     }
@@ -298,17 +226,6 @@ class Pool {
     for (std::thread &worker : workers_) worker.join();
     workers_.clear();
     started_ = false;
-  }
-
-  // Cores to pin to, or none. Pinning is only fair where the process has the whole machine and uses all its cores:
-  // otherwise two processes would sit on the same few cores while others idle.
-  static std::vector<int> pinned_homes(int threads) {
-    const std::vector<int> allowed = allowed_cpus();
-    const long online = sysconf(_SC_NPROCESSORS_ONLN);
-    std::vector<int> homes = one_cpu_per_core(allowed);
-    const bool whole = static_cast<long>(allowed.size()) == online && cgroup_cpu_limit("") == 0;
-    if (!whole || static_cast<int>(homes.size()) != threads) homes.clear();
-    return homes;
   }
 
   static void pin(std::thread &worker, int cpu) noexcept {
@@ -356,38 +273,6 @@ Pool &pool() {
 
 }  // namespace
 
-// The cgroup quota (v1 or v2) in whole CPUs, at least 1; 0 without a quota. `root` is put before every path.
-int cgroup_cpu_limit(const char *root) noexcept {
-  try {
-    const std::string base = root;
-    std::ifstream groups(base + "/proc/self/cgroup");
-    int least = 0;
-    for (std::string line; std::getline(groups, line);) {  // "4:cpu,cpuacct:/some/group", v2: "0::/some/group"
-      const std::size_t first = line.find(':');
-      const std::size_t second = first == std::string::npos ? first : line.find(':', first + 1);
-      if (second == std::string::npos) continue;
-      const std::string controllers = line.substr(first + 1, second - first - 1);
-      const std::string group = line.substr(second + 1);
-      const bool unified = controllers.empty();
-      if (!unified && ("," + controllers + ",").find(",cpu,") == std::string::npos) continue;
-      const std::string mount = base + "/sys/fs/cgroup" + (unified ? "" : "/" + controllers);
-      const int limit = tightest(mount, group, unified);
-      if (limit > 0 && (least == 0 || limit < least)) least = limit;
-    }
-    return least;
-  } catch (...) {
-    return 0;
-  }
-}
-
-int usable_cores() noexcept {
-  try {
-    return std::max(1, static_cast<int>(one_cpu_per_core(allowed_cpus()).size()));
-  } catch (...) {
-    return 1;
-  }
-}
-
 void parallel_for(std::int64_t n, std::int64_t grain, Range fn, void *context, std::int64_t memory_bytes) {
   if (n <= 0) return;
   if (n <= grain || mimo_threads() <= 1) {
@@ -403,12 +288,6 @@ void parallel_for(std::int64_t n, std::int64_t grain, Range fn, void *context, s
 }  // namespace mimo
 
 extern "C" {
-
-int32_t mimo_default_threads(void) noexcept {
-  const int cores = mimo::usable_cores();
-  const int limit = mimo::cgroup_cpu_limit("");
-  return std::min(mimo::kMostThreads, limit > 0 ? std::min(cores, limit) : cores);
-}
 
 int32_t mimo_threads(void) noexcept {
   try {
