@@ -1,4 +1,4 @@
-// How many threads this process should use and where they belong: affinity mask, cores, cgroup quota. Baseline code only.
+// How many threads this process should use and where they belong: affinity mask, cores, cgroup quota. Baseline code.
 #include <sched.h>
 #include <unistd.h>
 
@@ -116,8 +116,8 @@ int usable_cores() noexcept {
   }
 }
 
-// Pinning is only fair where the process has the whole machine and uses all its cores: otherwise two processes would sit
-// on the same few cores while others idle.
+// Pinning is only fair where the process has the whole machine and uses all its cores: otherwise two processes would
+// sit on the same few cores while others idle.
 bool worker_homes(int threads, int *cpus) {
   const std::vector<int> allowed = allowed_cpus();
   const std::vector<int> homes = one_cpu_per_core(allowed);

@@ -31,8 +31,8 @@ namespace mimo {
 namespace {
 
 // How long a worker spins before it sleeps. Between the calls of a decode step lie 5 to 50 microseconds; a worker that
-// sleeps joins 60 to 90 late (a virtual machine; 1 to 3 while it spins). Measured with 12 microseconds of work and gaps of 5 to
-// 50, 2 threads: no worker in time with 0, nearly every one with 50 (6.2 instead of 12.1 microseconds a job).
+// sleeps joins 60 to 90 late (a virtual machine; 1 to 3 while it spins). Measured with 12 microseconds of work and gaps
+// of 5 to 50, 2 threads: no worker in time with 0, nearly every one with 50 (6.2 instead of 12.1 microseconds a job).
 constexpr double kSpinSeconds = 50e-6;
 constexpr int kCalibration = 200;  // pauses timed to learn how long one takes: 40 cycles on one CPU, 140 on another
 constexpr int kMostSpins = 1 << 16;
