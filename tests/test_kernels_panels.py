@@ -104,7 +104,7 @@ WORDS = {"nf4": (7e-4, 3e-3), "mxfp4": (7e-4, 3e-3), "int8": (7e-4, 3e-3)}
 BYTES = {"nf4": (9e-3, 2.4e-2), "mxfp4": (8e-3, 2.4e-2), "int8": (8e-3, 2.4e-2)}
 PLAIN = {"bf16": (5e-7, 5e-7), "f32": (5e-7, 5e-7)}
 BOUNDS = {"scalar": WORDS | PLAIN, "avx2": WORDS | PLAIN, "avx_vnni": BYTES | PLAIN}
-BOUNDS |= {"avx512": BYTES | PLAIN, "amx": BYTES | PLAIN}
+BOUNDS |= {"avx512": BYTES | PLAIN}
 
 
 @pytest.mark.parametrize("name", FORMATS)

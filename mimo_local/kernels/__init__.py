@@ -277,7 +277,7 @@ def why_unavailable() -> str:
 
 
 def describe() -> str:
-    """ "amx", "avx512", "avx_vnni", "avx2", "scalar", or "reference (slow)" without the library."""
+    """ "avx512", "avx_vnni", "avx2", "scalar", or "reference (slow)" without the library."""
     kernels = get()
     return REFERENCE if kernels is None else kernels.isa
 
@@ -329,7 +329,7 @@ def _open(path: Path) -> ctypes.CDLL:
 
 
 def _tables(library: ctypes.CDLL) -> tuple[str, ...]:
-    names = ("scalar", "avx2", "avx_vnni", "avx512", "amx")
+    names = ("scalar", "avx2", "avx_vnni", "avx512")
     return tuple(name for name in names if library.mimo_get_table(name.encode()))
 
 

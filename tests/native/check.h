@@ -50,7 +50,7 @@ class Exact {
 
 // Every table but scalar that can run here.
 inline std::vector<const mimo_table *> fast_tables() {
-  std::vector<const mimo_table *> tables{mimo::avx512_table(), mimo::amx_table()};  // emulated: run anywhere
+  std::vector<const mimo_table *> tables{mimo::avx512_table()};  // emulated: runs anywhere
   if (const mimo_table *avx2 = mimo_get_table("avx2")) {
     tables.push_back(avx2);
     tables.push_back(mimo::avx_vnni_table());  // AVX2 and one emulated instruction

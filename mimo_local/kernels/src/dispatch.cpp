@@ -10,17 +10,13 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
-#if defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
 
 namespace mimo {
 namespace {
 
-enum Level : int { kScalar, kAvx2, kAvxVnni, kAvx512, kAmx };
-constexpr int kLevels = 5;
-constexpr const char *kNames[kLevels] = {"scalar", "avx2", "avx_vnni", "avx512", "amx"};
+enum Level : int { kScalar, kAvx2, kAvxVnni, kAvx512 };
+constexpr int kLevels = 4;
+constexpr const char *kNames[kLevels] = {"scalar", "avx2", "avx_vnni", "avx512"};
 
 #if defined(__x86_64__)
 
@@ -30,17 +26,6 @@ std::uint64_t saved_state() noexcept {
   std::uint32_t high = 0;
   asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
   return static_cast<std::uint64_t>(high) << 32 | low;
-}
-
-// The tile registers are 8 KB of state per thread: Linux grants them to a process that asks (once, before its threads).
-bool granted_tiles() noexcept {
-#if defined(__linux__)
-  constexpr long kRequest = 0x1023;  // ARCH_REQ_XCOMP_PERM
-  constexpr long kTileData = 18;
-  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
-#else
-  return false;
-#endif
 }
 
 // Bit l is set if level l runs here. Not a chain: there are CPUs with AVX-512 VNNI and no AVX-VNNI, and the reverse.
@@ -60,7 +45,6 @@ unsigned detect() noexcept {
   const std::uint64_t state = saved_state();
   constexpr std::uint64_t kYmm = 0x6;         // XMM and upper halves of YMM
   constexpr std::uint64_t kZmm = 0xE6;        // and mask registers, upper halves of ZMM, ZMM16..31
-  constexpr std::uint64_t kTiles = 0x60000;   // tile configuration and data
   if ((state & kYmm) != kYmm) return kNone;
   if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return kNone;
   constexpr std::uint32_t kAvx2Bit = 1U << 5;
@@ -72,11 +56,7 @@ unsigned detect() noexcept {
   constexpr std::uint32_t kVl = 1U << 31;
   constexpr std::uint32_t k512 = kF | kDq | kBw | kVl;
   constexpr std::uint32_t kVnni512 = 1U << 11;
-  constexpr std::uint32_t kAmxBits = 1U << 24 | 1U << 25;  // tiles, int8 products of them
-  if ((b & k512) == k512 && (c & kVnni512) != 0 && (state & kZmm) == kZmm) {
-    found |= 1U << kAvx512;
-    if ((d & kAmxBits) == kAmxBits && (state & kTiles) == kTiles && granted_tiles()) found |= 1U << kAmx;
-  }
+  if ((b & k512) == k512 && (c & kVnni512) != 0 && (state & kZmm) == kZmm) found |= 1U << kAvx512;
   constexpr std::uint32_t kVnni = 1U << 4;
   if (__get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a & kVnni) != 0) found |= 1U << kAvxVnni;
   return found;
@@ -118,7 +98,7 @@ Choice choose() {
   const std::string wished = std::string(wish).substr(0, 32);
   const int level = level_of(wish);
   if (level < 0) {
-    choice.note = "MIMO_ISA=" + wished + " is none of scalar, avx2, avx_vnni, avx512, amx; using " + kNames[best];
+    choice.note = "MIMO_ISA=" + wished + " is none of scalar, avx2, avx_vnni, avx512; using " + kNames[best];
   } else if ((found >> level & 1U) == 0) {
     choice.note = "MIMO_ISA=" + wished + " is more than this CPU has; using " + kNames[best];
   } else {
@@ -134,8 +114,6 @@ const Choice &chosen() {
 
 const mimo_table *table_of(Level level) noexcept {
   switch (level) {
-    case kAmx:
-      return amx_table();
     case kAvx512:
       return avx512_table();
     case kAvxVnni:

@@ -51,7 +51,7 @@ typedef struct mimo_table mimo_table;
 
 MIMO_API int32_t mimo_abi_version(void) MIMO_NOEXCEPT;
 
-/* The table for `name` ("scalar", "avx2", "avx_vnni", "avx512", "amx"), or NULL if this CPU or its operating system cannot run it.
+/* The table for `name` ("scalar", "avx2", "avx_vnni", "avx512"), or NULL if this CPU or its operating system cannot run it.
  * NULL as name: the best one, lowered by the environment variable MIMO_ISA as it was when first asked. */
 MIMO_API const mimo_table *mimo_get_table(const char *name) MIMO_NOEXCEPT;
 MIMO_API const char *mimo_table_name(const mimo_table *table) MIMO_NOEXCEPT;
