@@ -59,7 +59,7 @@ class Stats:
     cache_bytes: int = 0
     """Bytes of this session's key/value cache."""
     kernel: str = ""
-    """`avx512`, `avx2`, `scalar`, or `reference (slow)`."""
+    """`avx512`, `avx_vnni`, `avx2`, `scalar`, or `reference (slow)`."""
 
     @property
     def prefill_tokens_per_s(self) -> float:
