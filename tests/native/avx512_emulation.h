@@ -274,21 +274,7 @@ static __m512 _mm512_mask3_fmadd_ps(__m512 a, __m512 b, __m512 c, __mmask16 m) {
 
 // ---- for panels -------------------------------------------------------------------------------------------------------
 
-static __m512i _mm512_castsi128_si512(__m128i a) {
-  __m512i r;
-  std::memset(static_cast<void *>(&r), 0xEE, sizeof r);  // what is above is undefined
-  std::memcpy(&r, &a, sizeof a);
-  return r;
-}
-static __m512i _mm512_inserti32x4(__m512i a, __m128i b, int lane) {
-  std::memcpy(&a.v[4 * lane], &b, sizeof b);
-  return a;
-}
 // Within each group of four lanes.
-static __m512i _mm512_unpacklo_epi32(__m512i a, __m512i b) { EMU_EACH(__m512i, (i % 2 == 0 ? a : b).v[i / 4 * 4 + i % 4 / 2]); }
-static __m512i _mm512_unpackhi_epi32(__m512i a, __m512i b) { EMU_EACH(__m512i, (i % 2 == 0 ? a : b).v[i / 4 * 4 + 2 + i % 4 / 2]); }
-static __m512i _mm512_unpacklo_epi64(__m512i a, __m512i b) { EMU_EACH(__m512i, (i % 4 < 2 ? a : b).v[i / 4 * 4 + i % 2]); }
-static __m512i _mm512_unpackhi_epi64(__m512i a, __m512i b) { EMU_EACH(__m512i, (i % 4 < 2 ? a : b).v[i / 4 * 4 + 2 + i % 2]); }
 static __m128i _mm_setr_epi8(char a, char b, char c, char d, char e, char f, char g, char h, char j, char k, char l, char m,
                              char n, char o, char p, char q) {
   const char bytes[16] = {a, b, c, d, e, f, g, h, j, k, l, m, n, o, p, q};
