@@ -61,15 +61,14 @@ void every_table_equals_scalar(std::int64_t format) {
       if (format <= MIMO_MXFP4 && K % 64 != 0) continue;
       if (N > 8 && K > 1100) continue;
       ++seed;
-      const std::int64_t most = N <= 8 ? 16 : 9;
+      const std::int64_t most = mimo::kExactRows;  // longer steps: panels_test.cpp
       const std::int64_t ldx = K + seed % 3;
       Exact<float> x = normal(size((most - 1) * ldx + K), seed);
       x[size(seed % K)] *= 1000.0F;
       Stored stored(format, N, K, seed);
       Exact<float> expected = product(mimo::scalar_table(), stored.w, x.get(), ldx, most);
       for (const mimo_table *table : fast_tables()) {
-        for (const std::int64_t T : {1, 2, 3, 4, 5, 6, 7, 8, 9, 16}) {
-          if (T > most || T >= table->panels_from(format)) continue;
+        for (const std::int64_t T : {1, 2, 3, 4, 5, 6, 7, 8}) {
           Exact<float> found = product(table, stored.w, x.get(), ldx, T);
           REQUIRE(same_rows(found, expected, T, N), "%s format %ld N %ld K %ld T %ld", table->name,
                   static_cast<long>(format), static_cast<long>(N), static_cast<long>(K), static_cast<long>(T));
