@@ -15,7 +15,7 @@ from mimo_local import kernels
 from mimo_local.cache import KVCache
 from mimo_local.errors import CancelledError, ContextOverflowError, UsageError
 from mimo_local.events import Progress
-from mimo_local.experts import ExpertStore
+from mimo_local.experts.store import ExpertStore
 from mimo_local.model import Layer, Model, MoE, Segment
 from mimo_local.weights import QuantLinear, open_weights
 from quant.convert import Recipe, convert
