@@ -136,10 +136,10 @@ class ExpertStore:
             mine = slice(start, start + n)
             start += n
             if e >= 0:
-                out.index_add_(0, rows[mine], _apply(experts[e], xs[mine]).mul_(ws[mine]))
+                out.index_add_(0, rows[mine], apply(experts[e], xs[mine]).mul_(ws[mine]))
         return out
 
 
-def _apply(expert: Expert, x: torch.Tensor) -> torch.Tensor:
+def apply(expert: Expert, x: torch.Tensor) -> torch.Tensor:
     """x (T, D) -> down(silu(gate x) * up x) (T, D)."""
     return expert.down(F.silu(expert.gate(x)).mul_(expert.up(x)))
