@@ -215,10 +215,11 @@ class DiskTier:
         what = f"expert {expert} of layer {layer}"
         at = part.start
         while at < part.stop:
+            direct = file.direct
             try:
                 got = self._preadv(file.fd, [view[at : part.stop]], offset + at)
             except OSError as error:
-                if error.errno == errno.EINVAL and file.direct:
+                if error.errno == errno.EINVAL and direct:
                     self._buffered(file)
                     continue
                 reason = error.strerror or error
