@@ -8,13 +8,15 @@ reads and rows; which expert stays is `policy`'s to say. Built by `opening`, cal
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Final, Literal
+from typing import Final
 
 import torch
 
+from mimo_local import kernels
 from mimo_local.experts.disk import DiskTier, Read
 from mimo_local.experts.meters import Meters
 from mimo_local.experts.policy import ExpertPolicy, Key, Lru
@@ -23,6 +25,7 @@ from mimo_local.experts.pressure import Pressure
 from mimo_local.experts.ram import RamTier
 from mimo_local.experts.steps import Few, InOrder
 from mimo_local.experts.store import Watcher
+from mimo_local.settings import Prefetch
 from mimo_local.weights import PackWeights
 
 FEW_ROWS: Final = 8
@@ -31,8 +34,6 @@ KEEP_ROWS: Final = 64
 """Longer steps are prompts: what they read is not kept, or it would push out what answers need."""
 AHEAD: Final = 4
 """Experts of the next layer that are read on a guess; more guesses are more often wrong."""
-
-Prefetch = Literal["auto", "on", "off"]
 
 
 class TieredStore:
@@ -84,6 +85,10 @@ class TieredStore:
     def resident(self, layer: int) -> bool:
         """Never: where an expert lies changes from step to step."""
         return False
+
+    def mlps(self, layer: int) -> tuple[ctypes.Array[kernels.Mlp], object]:
+        """Not for layers that are not resident."""
+        raise ValueError(f"the experts of layer {layer} do not all lie in RAM")
 
     def watch(self, watcher: Watcher | None) -> None:
         """Tell `watcher(layer, ids (T, K) int32)` about every step's choices; None: nobody."""
