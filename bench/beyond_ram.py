@@ -37,8 +37,8 @@ from quant.pack import Pack
 
 HERE = Path(__file__).resolve().parent
 VOCAB = 1024
-WARM = 6
-"""Tokens before the measured ones: the tiers and the page cache fill."""
+WARM = 60
+"""Tokens before the measured ones: caches fill, and every expert has been checked once."""
 
 
 @dataclass
