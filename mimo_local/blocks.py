@@ -15,7 +15,7 @@ import torch
 from mimo_local import kernels
 from mimo_local.cache import KVCache
 from mimo_local.config import LayerSpec, ModelConfig
-from mimo_local.experts.store import ExpertStore
+from mimo_local.experts.store import Store
 from mimo_local.weights import QuantLinear
 
 KV_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -164,7 +164,7 @@ class SplitMixture:
     def __init__(
         self,
         layer: int,
-        store: ExpertStore,
+        store: Store,
         routing: NativeRouting,
         following: tuple[int, NativeRouting] | None,
     ) -> None:

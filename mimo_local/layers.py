@@ -29,7 +29,7 @@ from mimo_local.blocks import (
 from mimo_local.cache import KVCache
 from mimo_local.config import Attention as Kind
 from mimo_local.config import LayerSpec, ModelConfig
-from mimo_local.experts.store import ExpertStore
+from mimo_local.experts.store import Store
 from mimo_local.weights import QuantLinear, Weights, stack
 
 Trace: TypeAlias = Callable[[str, torch.Tensor], None]
@@ -140,7 +140,7 @@ class MoE:
     """A router and the experts it chooses from."""
 
     def __init__(
-        self, weights: Weights, spec: LayerSpec, config: ModelConfig, experts: ExpertStore
+        self, weights: Weights, spec: LayerSpec, config: ModelConfig, experts: Store
     ) -> None:
         prefix = f"model.layers.{spec.index}.mlp.gate."
         self.layer, self.config, self.experts = spec.index, config, experts
@@ -157,7 +157,7 @@ class Layer:
     """Attention, then MLP or experts, each on the normed residual stream and added to it."""
 
     def __init__(
-        self, weights: Weights, spec: LayerSpec, config: ModelConfig, experts: ExpertStore
+        self, weights: Weights, spec: LayerSpec, config: ModelConfig, experts: Store
     ) -> None:
         prefix = f"model.layers.{spec.index}."
         self.name = f"layers.{spec.index}"

@@ -17,7 +17,7 @@ from mimo_local import ops, prefill
 from mimo_local.cache import KVCache
 from mimo_local.errors import CancelledError, ContextOverflowError, UsageError
 from mimo_local.events import Progress
-from mimo_local.experts.store import ExpertStore
+from mimo_local.experts.store import Store
 from mimo_local.layers import Layer, MoE, Step, Trace
 from mimo_local.prefill import Cancel
 from mimo_local.weights import OnProgress, QuantLinear, Weights
@@ -41,10 +41,11 @@ class Model:
     """The main model, MTP layers left out."""
 
     def __init__(
-        self, weights: Weights, experts: ExpertStore, *, on_progress: OnProgress | None = None
+        self, weights: Weights, experts: Store, *, on_progress: OnProgress | None = None
     ) -> None:
         """Read everything but the experts; their store is already loaded."""
         config = self.config = weights.config
+        self.experts = experts
         self.embedding = weights.embedding("model.embed_tokens.weight")
         self.layers: list[Layer] = []
         for spec in config.layers:
