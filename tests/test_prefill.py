@@ -19,11 +19,13 @@ from mimo_local.cache import KVCache
 from mimo_local.errors import CancelledError, ContextOverflowError, DiskSpaceError, UsageError
 from mimo_local.events import Progress
 from mimo_local.experts.store import ExpertStore
+from mimo_local.experts.tiered import TieredStore
 from mimo_local.generate import generate
 from mimo_local.model import Model, Segment
 from mimo_local.prefill import LEAST_ROWS, How, Room, pieces
 from mimo_local.sampler import SamplingParams
-from mimo_local.weights import open_weights
+from mimo_local.weights import PackWeights, open_weights
+from quant.convert import Recipe, convert
 
 N = 90
 """Tokens of most prompts here: ten windows."""
@@ -253,6 +255,35 @@ def test_a_prompt_beyond_the_memory_is_read_in_parts_and_says_so(model: Model) -
     assert_same(model, *caches)
     assert set(store(model).reads.values()) == {2}
     assert {p.stage for p in seen} == {"reading the prompt in 2 parts"}
+
+
+@pytest.mark.parametrize("n", [60, 700])
+def test_of_a_pack_on_disk_every_chosen_expert_is_read_once_to_the_byte(
+    folder: Path, tmp_path: Path, n: int, way: str
+) -> None:
+    """Into a few slots: 1.00 times the chosen experts, whatever the length, and no other bits."""
+    convert(folder, tmp_path / "pack", Recipe.for_format("nf4"))
+    opened = open_weights(tmp_path / "pack")
+    assert isinstance(opened, PackWeights)
+    size = opened.pack.expert_layout(1).stride
+    tiered = TieredStore(opened, 6 * size, prefetch="off", reserve=0)
+    whole_store = ExpertStore(open_weights(tmp_path / "pack"))
+    model, whole = Model(opened, tiered), Model(opened, whole_store)
+    touched: set[tuple[int, int]] = set()
+    whole_store.watch(lambda layer, ids: touched.update((layer, e) for e in ids.unique().tolist()))
+    try:
+        ids, caches = ids_for(model, n), [model.new_cache() for _ in range(2)]
+        found = by_layers(model, ids, caches[0], chunk=100)
+        read = tiered.meters.copy()
+        wanted, n_touched = by_layers(whole, ids, caches[1], chunk=100), len(touched)
+        pairs = [(found, wanted), (next_rows(model, caches[0]), next_rows(whole, caches[1]))]
+        for one, other in pairs:
+            assert torch.equal(one, other) if way == "native" else relative(one, other) < 1e-5
+    finally:
+        tiered.close()
+    assert read.disk_bytes == n_touched * size
+    # Not swept: the last row's experts in the last layer.
+    assert (read.disk_bytes - read.sweep_bytes, read.steps) == (3 * size, 1)
 
 
 def test_the_room_that_is_planned() -> None:
