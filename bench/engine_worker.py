@@ -250,7 +250,7 @@ class Ours:
     def feed(self, ids: Sequence[int], outputs: str) -> None:
         """Steps as the engine makes them: one id, a whole prompt, or rows to verify.
 
-        A prompt's last layer is computed for all rows here whatever `outputs` says.
+        A prompt's last layer runs for all rows only where `outputs` are: as in llama.cpp.
         """
         if len(ids) == 1:
             self.runner.step(ids[0])
@@ -262,6 +262,7 @@ class Ours:
             segment = Segment(torch.tensor(ids, dtype=torch.int64), self.runner.cache)
             self.runner.model.logits(self.runner.model.forward([segment]))
         else:
+            self.runner.whole = outputs == "all"
             self.runner.prefill(ids)
 
 

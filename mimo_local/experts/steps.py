@@ -11,7 +11,7 @@ import ctypes
 import time
 from collections.abc import Callable, Collection, Iterable
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,17 +19,20 @@ from mimo_local import kernels
 from mimo_local.errors import CancelledError
 from mimo_local.experts.disk import Read
 from mimo_local.experts.policy import Key
-from mimo_local.experts.store import apply
+from mimo_local.experts.store import BATCH_PAIRS, apply
 
 if TYPE_CHECKING:
     from mimo_local.experts.tiered import TieredStore
     from mimo_local.experts.vram import Pending
 
+<<<<<<< HEAD
 ON_DEVICE: Final = -1
 """In place of a slot: the expert lies in VRAM alone."""
 BATCH_PAIRS: Final = 512
 """(row, expert) pairs of a sweep that go to the kernels in one call, if they are there."""
 
+=======
+>>>>>>> w-prefill
 
 class _Work:
     """One layer's step: what is computed from slots, and the reads it is waiting for."""
