@@ -25,14 +25,9 @@ if TYPE_CHECKING:
     from mimo_local.experts.tiered import TieredStore
     from mimo_local.experts.vram import Pending
 
-<<<<<<< HEAD
 ON_DEVICE: Final = -1
 """In place of a slot: the expert lies in VRAM alone."""
-BATCH_PAIRS: Final = 512
-"""(row, expert) pairs of a sweep that go to the kernels in one call, if they are there."""
 
-=======
->>>>>>> w-prefill
 
 class _Work:
     """One layer's step: what is computed from slots, and the reads it is waiting for."""
