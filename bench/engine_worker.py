@@ -216,7 +216,7 @@ class Ours:
     def info(self) -> dict[str, Any]:
         """Engine, version, kernels, model."""
         from mimo_local import __version__
-        from mimo_local.benchmark import peak_rss
+        from mimo_local.hardware import peak_rss
 
         return {
             "engine": "mimo-local",

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from mimo_local.cache import KVCache, Snapshot
     from mimo_local.config import ModelConfig
     from mimo_local.model import Model
+    from mimo_local.runs import Recorder
     from mimo_local.settings import Settings
     from mimo_local.tokenizer import Tokenizer
 
@@ -110,8 +111,12 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         new_cache: Callable[[], KVCache] | None = None,
         kernel: str = "",
+        recorder: Recorder | None = None,
     ) -> None:
-        """`new_cache`: how sessions keep keys and values; by default the model's own way."""
+        """`new_cache`: how sessions keep keys and values; by default the model's own way.
+
+        `recorder`: told what each answer took.
+        """
         self.name, self.description, self.kernel = name, description, kernel
         self.tokenizer, self.context_limit = tokenizer, context_limit
         self.config: ModelConfig = model.config
@@ -120,6 +125,7 @@ class Engine:
         )
         self._model = model
         self._new_cache = new_cache or model.new_cache
+        self._recorder = recorder
         self._work: deque[_Request | tuple[Future[Tensor], list[int]]] = deque()
         self._ready = threading.Condition()
         self._closing = False
@@ -145,6 +151,7 @@ class Engine:
             tokenizer=found.tokenizer,
             new_cache=found.new_cache,
             kernel=found.kernel,
+            recorder=found.recorder,
         )
 
     def new_session(self) -> Session:
@@ -252,7 +259,10 @@ class Engine:
         while (work := self._next()) is not None:
             try:
                 if isinstance(work, _Request):
-                    work.stream.put(Done(self._answer(work), self._stats(work)))
+                    done = Done(self._answer(work), self._stats(work))
+                    work.stream.put(done)
+                    if self._recorder is not None:
+                        self._recorder.end(done.stats)
                 else:
                     work[0].set_result(self._all_logits(work[1]))
             except BaseException as error:
@@ -285,6 +295,8 @@ class Engine:
         from mimo_local.generate import generate
 
         session, stream, text = request.session, request.stream, request.text
+        if self._recorder is not None:
+            self._recorder.begin()
         request.started = time.monotonic()
         # At least one id must go through the model again: its logits are where the answer starts.
         session.rewind(min(session.common_prefix(request.ids), len(request.ids) - 1))
@@ -309,6 +321,8 @@ class Engine:
                 break
             if not request.tokens:
                 request.first_token = time.monotonic()
+                if self._recorder is not None:
+                    self._recorder.first_token()
                 session.remember()
             request.tokens += 1
             piece, stopped = text.push(token)

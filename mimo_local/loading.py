@@ -21,8 +21,10 @@ from mimo_local.events import Progress
 from mimo_local.experts.memory import available_memory
 from mimo_local.experts.store import ExpertStore
 from mimo_local.model import Model
-from mimo_local.settings import Settings
-from mimo_local.sizes import kv_bytes
+from mimo_local.plan import Plan, here, plan
+from mimo_local.runs import Recorder
+from mimo_local.settings import Paths, Settings
+from mimo_local.sizes import PackSizes, kv_bytes
 from mimo_local.tokenizer import Tokenizer
 from mimo_local.weights import PackWeights, Weights, open_weights
 
@@ -44,6 +46,10 @@ class Loaded:
     tokenizer: Tokenizer | None
     new_cache: Callable[[], KVCache]
     kernel: str
+    experts: ExpertStore
+    plan: Plan | None
+    """What was planned and predicted; None for a checkpoint."""
+    recorder: Recorder | None
 
 
 def load(settings: Settings, on_event: Callable[[Progress], None] | None = None) -> Loaded:
@@ -59,9 +65,12 @@ def load(settings: Settings, on_event: Callable[[Progress], None] | None = None)
     # The tokenizer first: it is quick, and a broken one should not cost minutes of loading.
     has_tokenizer = (path / "tokenizer.json").is_file()
     tokenizer = Tokenizer.from_dir(path) if has_tokenizer else None
+    dtype = kv_dtype(settings.kv_dtype, weights.kind)
+    made = None
+    if isinstance(weights, PackWeights):
+        made = make_plan(path, weights, settings.context, dtype)
     experts = ExpertStore(weights, on_progress=on_event)
     model = Model(weights, experts, on_progress=on_event)
-    dtype = kv_dtype(settings.kv_dtype, weights.kind)
 
     def new_cache() -> KVCache:
         return model.new_cache(dtype=dtype)
@@ -74,7 +83,29 @@ def load(settings: Settings, on_event: Callable[[Progress], None] | None = None)
         tokenizer=tokenizer,
         new_cache=new_cache,
         kernel=kernels.describe(),
+        experts=experts,
+        plan=made,
+        recorder=None if made is None else new_recorder(path, weights.config, made, experts),
     )
+
+
+def make_plan(path: Path, weights: PackWeights, wish: int | None, dtype: torch.dtype) -> Plan:
+    """Where a pack's bytes go in the memory that is free now, and what to expect of that."""
+    data, facts = Paths.default().data_dir, hardware.detect(path)
+    known = here.calibration_of(data, here.machine_key(facts), here.model_key(path))
+    context = None if wish is None else min(wish, weights.config.max_context)
+    sizes = PackSizes.of_pack(weights.pack.manifest)
+    budget = here.free_now(facts, known)
+    return plan(weights.config, sizes, budget, context=context, kv_itemsize=dtype.itemsize)
+
+
+def new_recorder(path: Path, config: ModelConfig, made: Plan, experts: ExpertStore) -> Recorder:
+    """Who writes down what answers took beside what `made` had predicted."""
+    machine = here.machine_key(hardware.detect(path))
+    return Recorder(
+        Paths.default().data_dir, config=config, plan=made, meters=experts.meters.copy,
+        machine=machine, model=path.resolve().name, pack=here.model_key(path),
+    )  # fmt: skip
 
 
 def set_threads(threads: int | None) -> None:

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -20,7 +21,8 @@ from fakes import FakeEngine
 
 import mimo_local
 from mimo_local import cli
-from mimo_local.cli import answer, machine, models, packs, reference, status, tables
+from mimo_local.cli import answer, machine, models, packs, plan_text, reference, status
+from mimo_local.cli import plan as plan_command
 from mimo_local.errors import (
     CancelledError,
     DiskSpaceError,
@@ -32,6 +34,7 @@ from mimo_local.errors import (
 )
 from mimo_local.events import Prefill, Progress
 from mimo_local.plan import Budget, plan
+from mimo_local.plan.rates import CORE_FLOPS
 from mimo_local.settings import Settings
 from mimo_local.sizes import GB
 
@@ -177,6 +180,10 @@ def test_errors_are_one_line_and_a_hint(
         ["plan", "--ram", "lots"],
         ["plan", "--context", "999999999"],
         ["plan", "--format", "q4"],
+        ["plan", "--pages", "0"],
+        ["plan", "--cores", "0"],
+        ["plan", "--ram-rate", "fast"],
+        ["plan", "--disk-rate", "0"],
         ["bench", "-p", "a,b"],
         ["config"],
     ],
@@ -585,7 +592,7 @@ def test_a_checkpoint_becomes_a_pack_that_is_verified_planned_and_measured(
     planned = json.loads(capsys.readouterr().out)
     data = sum(p.stat().st_size for p in target.glob("*.safetensors"))
     assert 0.7 * data < planned["total"] <= data, "headers and padding are all that is missing"
-    assert planned["today_missing"] == 0
+    assert planned["fits"] and planned["staging_slots"] == 0
 
     assert cli.main(["bench", "-m", "small", "-p", "8", "-n", "2", "-r", "1"]) == 0
     measured = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -627,20 +634,27 @@ def test_a_long_conversion_is_confirmed_first(
 
 # -- machine ---------------------------------------------------------------------------------------
 
+GPU_24 = Budget(
+    ram=0, disk=1000 * GB, vram=24 * GB, cores=16, ram_rate=80e9, core_flops=CORE_FLOPS["avx512"]
+)
 MACHINES = {
     "laptop-16gb": Budget(ram=16 * GB, disk=500 * GB, cores=8, ram_rate=50e9, disk_rate=3.5e9),
-    "desktop-64gb-rtx4090": Budget(
-        ram=64 * GB, disk=1000 * GB, vram=24 * GB, cores=16, ram_rate=80e9
+    "laptop-8gb": Budget(ram=8 * GB, disk=150 * GB, cores=4, ram_rate=50e9, disk_rate=3.5e9),
+    **{f"rtx4090-{ram}gb": replace(GPU_24, ram=ram * GB) for ram in (32, 64, 96, 128, 192)},
+    "cpu-256gb": Budget(
+        ram=256 * GB, disk=2000 * GB, cores=32, ram_rate=200e9, core_flops=CORE_FLOPS["avx512"]
     ),
-    "workstation-256gb": Budget(ram=256 * GB, disk=2000 * GB, cores=32, ram_rate=200e9),
 }
 
 
 @pytest.mark.parametrize("name", MACHINES)
-def test_the_plan_of_three_machines(name: str, golden: Golden) -> None:
-    config, pack, title = machine.subject(None, "nf4")
-    found = plan(config, pack, MACHINES[name], context=8192)
-    golden(f"plan/{name}.txt", tables.plan(found, title) + "\n")
+def test_the_plan_of_a_machine(name: str, golden: Golden) -> None:
+    config, pack, title = plan_command.subject(None, "nf4")
+    found = plan(config, pack, MACHINES[name], gpu_dense=True)
+    now = plan(config, pack, MACHINES[name]) if found.placement.vram else None
+    text = plan_text.plan(found, title, now) + "\n"
+    text += "".join(f"error: {p.message}\nhint: {p.hint}\n" for p in found.problems)
+    golden(f"plan/{name}.txt", text)
 
 
 @pytest.mark.parametrize(
@@ -657,13 +671,13 @@ def test_the_plan_of_three_machines(name: str, golden: Golden) -> None:
     ],
 )
 def test_sizes(text: str, nbytes: int) -> None:
-    assert machine.size(text) == nbytes
+    assert plan_command.size(text) == nbytes
 
 
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "1ib", "1.GB", "24 GB RAM", "1e9", "٣GB"])
 def test_no_sizes(text: str) -> None:
     with pytest.raises(UsageError, match="is not a size"):
-        machine.size(text)
+        plan_command.size(text)
 
 
 def test_plan_takes_what_is_typed_and_the_machine_for_the_rest(
@@ -675,7 +689,7 @@ def test_plan_takes_what_is_typed_and_the_machine_for_the_rest(
     budget = data["budget"]
     assert (budget["vram"], budget["ram"], budget["disk"]) == (24 * GB, 64 * GB, 1000 * GB)
     assert budget["cores"] == 16
-    assert data["fits"] is True and data["today_missing"] > 0
+    assert data["fits"] is True and data["this_version"]["staging_slots"] == 16
     cli.main(["plan", "--disk", "1TB", "--json"])
     from mimo_local import hardware
 
