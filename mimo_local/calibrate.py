@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final
 
 from mimo_local.benchmark import SEED, ModelRunner
 from mimo_local.config import ModelConfig
@@ -30,26 +30,14 @@ from mimo_local.sizes import PackSizes
 if TYPE_CHECKING:
     import torch
 
+    from mimo_local.experts.store import Store
+
 TOKENS: Final = 24
 WARM: Final = 4
 """First tokens that are not counted: pages are touched, threads wake up."""
 PROMPT: Final = 512
 SLOWEST, FASTEST = 1e6, 1e12
 """Bytes/s between which a disk's rate is looked for."""
-
-
-class Store(Protocol):
-    """The expert store as far as it is measured."""
-
-    @property
-    def meters(self) -> Meters:
-        """Counters of what came from where."""
-
-    def watch(self, watcher: Callable[[int, torch.Tensor], None] | None) -> None:
-        """Tell about every layer's choices."""
-
-    def run(self, layer: int, x: torch.Tensor, ids: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        """The experts of one layer."""
 
 
 @dataclass

@@ -24,6 +24,7 @@ from mimo_local.errors import (
     UsageError,
 )
 from mimo_local.events import Done, Failed, FinishReason, Prefill, Progress, Stats, Token
+from mimo_local.experts.meters import figures
 from mimo_local.sampler import Sampler, SamplingParams
 from mimo_local.stream import NO_ID, Stream, TextOutput
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     from mimo_local.cache import KVCache, Snapshot
     from mimo_local.config import ModelConfig
+    from mimo_local.experts.meters import Meters
     from mimo_local.model import Model
     from mimo_local.runs import Recorder
     from mimo_local.settings import Settings
@@ -96,6 +98,8 @@ class _Request:
     tokens: int = 0
     first_token: float = 0.0
     reported: tuple[int, float] = field(default=(0, 0.0))
+    meters: Meters | None = None
+    """The experts' meters when the request's turn came."""
 
 
 class Engine:
@@ -193,6 +197,7 @@ class Engine:
             self._ready.notify_all()
         if threading.current_thread() is not self._thread:
             self._thread.join()
+            self._model.experts.close()
         atexit.unregister(self.close)
 
     def __enter__(self) -> Engine:
@@ -250,6 +255,7 @@ class Engine:
             context_used=len(request.session.ids),
             context_limit=self.context_limit,
             cache_bytes=sum(request.session.cache.nbytes.values()),
+            experts=figures(self._model.experts, request.meters),
             kernel=self.kernel,
         )
 
@@ -298,6 +304,7 @@ class Engine:
         if self._recorder is not None:
             self._recorder.begin()
         request.started = time.monotonic()
+        request.meters = self._model.experts.meters.copy()
         # At least one id must go through the model again: its logits are where the answer starts.
         session.rewind(min(session.common_prefix(request.ids), len(request.ids) - 1))
         request.cached = session.cache.length

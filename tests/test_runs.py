@@ -188,3 +188,79 @@ def test_prompts_are_judged_by_their_own_prediction() -> None:
 )
 def test_too_little_says_nothing(run: Run) -> None:
     assert judge(run) == ()
+
+
+# -- a loaded pack ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import tiny
+
+    from quant.convert import convert
+
+    folder = tmp_path_factory.mktemp("runs")
+    d = tiny.config("fs", "mm", experts=32, top_k=2, hidden=64, moe_intermediate=64)
+    source = tiny.write(folder / "source", d)
+    convert(source, folder / "pack")
+    return folder / "pack"
+
+
+def test_a_pack_is_loaded_as_planned_and_its_answers_are_recorded(
+    pack: Path, user_home: Path
+) -> None:
+    from mimo_local.engine import Engine
+    from mimo_local.experts.tiered import TieredStore
+    from mimo_local.loading import load
+    from mimo_local.sampler import SamplingParams
+    from mimo_local.settings import Settings
+
+    whole = load(Settings(model=pack, context=64))
+    assert whole.plan is not None and whole.plan.fits and whole.plan.staging_slots == 0
+    sizes = whole.plan.sizes
+    spared = whole.plan.spare_bytes
+    limit = sizes.resident + spared + 24 * sizes.expert
+    found = load(Settings(model=pack, context=64, ram=limit))
+    assert found.plan is not None and found.plan.staging_slots == 4
+    assert found.context_limit == found.plan.context == 64
+    store = found.model.experts
+    assert isinstance(store, TieredStore)
+    # The tier's slots are as many as planned, give or take what rounding leaves.
+    assert abs(store.ram.budget - found.plan.expert_ram_bytes) <= 2 * sizes.expert
+    store.close()
+    with Engine.load(Settings(model=pack, context=64, ram=limit)) as engine:
+        params = SamplingParams(temperature=0, max_tokens=12)
+        for _ in engine.submit(engine.new_session(), list(range(20)), params):
+            pass
+    (run,) = runs.recent(user_home / "data", 10)
+    assert run.model == "pack" and run.prefill.tokens == 20
+    assert run.decode.disk_bytes > 0 and run.decode.wanted > 0
+    assert run.predicted[0].disk_bytes > 0
+
+
+def test_a_checkpoint_is_neither_planned_nor_recorded(pack: Path, user_home: Path) -> None:
+    from mimo_local.loading import load
+    from mimo_local.settings import Settings
+
+    found = load(Settings(model=pack.with_name("source"), context=64))
+    assert found.plan is None and found.recorder is None
+    assert not (user_home / "data").exists()
+
+
+def test_calibrating_a_real_loop_with_a_disk_tier(pack: Path) -> None:
+    from mimo_local.benchmark import ModelRunner
+    from mimo_local.calibrate import calibrate
+    from mimo_local.loading import load
+    from mimo_local.settings import Settings
+
+    whole = load(Settings(model=pack, context=128))
+    assert whole.plan is not None
+    limit = whole.plan.sizes.resident + whole.plan.spare_bytes + 24 * whole.plan.sizes.expert
+    loaded = load(Settings(model=pack, context=128, ram=limit))
+    assert loaded.plan is not None
+    runner = ModelRunner(loaded.model, loaded.new_cache)
+    found = calibrate(runner, loaded.model.experts, loaded.plan, tokens=8, prompt=32)
+    assert found.tokens == 8 and found.prompt == 32
+    assert min(found.ram_rate, found.rest_rate, found.flops, found.resident_s) > 0
+    assert found.wait_s >= 0 and found.reads >= 0
+    loaded.model.experts.close()

@@ -7,7 +7,6 @@ calibrated; `plan_text` draws.
 from __future__ import annotations
 
 import json as jsonlib
-import re
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,7 +17,7 @@ from mimo_local.cli import models
 from mimo_local.cli.models import JsonOption
 from mimo_local.cli.status import Status, say
 from mimo_local.errors import ExitCode, UsageError
-from mimo_local.settings import PACK_MANIFEST, Paths, Settings
+from mimo_local.settings import PACK_MANIFEST, Paths, Settings, parse_size
 
 if TYPE_CHECKING:
     from mimo_local.config import ModelConfig
@@ -27,18 +26,16 @@ if TYPE_CHECKING:
     from mimo_local.sizes import PackSizes
 
 SHOWN = 10  # answers in `--check`'s table
-UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 
 def size(text: str) -> int:
     """`24GB`, `24G`, `23.5 GiB`, `1TB` in bytes; GB is 10^9, GiB is 2^30."""
-    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)(i?)b?\s*", text, re.I)
-    if not found or (found[3] and not found[2]):
-        raise UsageError(f"`{text}` is not a size", hint="write it like 24GB, 23.5GiB or 1TB")
-    unit = UNITS[found[2].lower()]
-    if found[3]:
-        unit = 1024 ** ("kmgt".index(found[2].lower()) + 1)
-    return int(float(found[1]) * unit)
+    try:
+        return parse_size(text)
+    except ValueError:
+        raise UsageError(
+            f"`{text}` is not a size", hint="write it like 24GB, 23.5GiB or 1TB"
+        ) from None
 
 
 def _size_option(name: str, what: str) -> object:
@@ -222,7 +219,7 @@ def calibrated(model: Path | None, context: int | None) -> Path:
     status = Status()
     try:
         runner = ModelRunner(loaded.model, loaded.new_cache)
-        found = calibrate(runner, loaded.experts, loaded.plan, on_progress=status)
+        found = calibrate(runner, loaded.model.experts, loaded.plan, on_progress=status)
     finally:
         status.clear()
     data, facts = Paths.default().data_dir, hardware.detect(folder)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,53 @@ from mimo_local.experts.meters import Meters
 from mimo_local.weights import Expert, OnProgress, Weights
 
 Watcher: TypeAlias = Callable[[int, torch.Tensor], None]
+
+
+class Store(Protocol):
+    """What the mixture layers see: `ExpertStore` (all in RAM) or `tiered.TieredStore`."""
+
+    meters: Meters
+
+    @property
+    def nbytes(self) -> dict[str, int]:
+        """Bytes held, by tier."""
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know about how it runs."""
+
+    @property
+    def wants_guesses(self) -> bool:
+        """Whether `expect` would do anything now."""
+
+    def resident(self, layer: int) -> bool:
+        """Whether all experts of the layer lie in RAM for good, so that `mlps` may be called."""
+
+    def mlps(self, layer: int) -> tuple[ctypes.Array[kernels.Mlp], object]:
+        """The experts of a resident layer for the kernels, and what must live meanwhile."""
+
+    def watch(self, watcher: Watcher | None) -> None:
+        """Tell `watcher(layer, ids (T, K))` about every step's choices; None: nobody."""
+
+    def expect(self, layer: int, ids: torch.Tensor) -> None:
+        """ids (T, K): experts that `layer`, which comes next, will probably choose."""
+
+    def run(self, layer: int, x: torch.Tensor, ids: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        """x (T, D) f32, ids (T, K) int, w (T, K) f32 -> (T, D) f32: sum over K of w * expert(x)."""
+
+    def sweep(
+        self,
+        layer: int,
+        x: torch.Tensor,
+        ids: torch.Tensor,
+        w: torch.Tensor,
+        *,
+        cancel: Callable[[], bool] | None = None,
+    ) -> torch.Tensor:
+        """As `run`, for the rows of a long prompt: every expert is read once, in file order."""
+
+    def close(self) -> None:
+        """Let go of threads and files."""
 
 
 class RamTier:
@@ -54,7 +101,7 @@ class RamTier:
 
 
 class ExpertStore:
-    """What the mixture layers see."""
+    """All experts in RAM."""
 
     def __init__(self, weights: Weights, *, on_progress: OnProgress | None = None) -> None:
         """Load every expert into RAM by layers; NotEnoughMemoryError before the first byte."""
@@ -62,6 +109,8 @@ class ExpertStore:
         check_memory(weights.nbytes)
         self.ram = RamTier()
         self.meters = Meters()
+        self.wants_guesses = False
+        """Whether `expect` is of use: False while every expert lies in RAM."""
         self._watcher: Watcher | None = None
         layers = [spec.index for spec in config.layers if spec.mlp == "moe"]
         total = weights.expert_nbytes if layers else 0
@@ -79,9 +128,20 @@ class ExpertStore:
         """Whether all experts of the layer lie in RAM for good, so that `mlps` may be called."""
         return self._watcher is None and layer in self.ram
 
+    @property
+    def notes(self) -> list[str]:
+        """Nothing to say."""
+        return []
+
+    def close(self) -> None:
+        """Nothing to do."""
+
     def watch(self, watcher: Watcher | None) -> None:
         """Tell `watcher(layer, ids (T, K) int32)` about every step's choices; None: nobody."""
         self._watcher = watcher
+
+    def expect(self, layer: int, ids: torch.Tensor) -> None:
+        """A guess of what `layer`, the next one to be run, will choose: ids (T, K) int32."""
 
     def sweep(
         self,
@@ -136,10 +196,10 @@ class ExpertStore:
             mine = slice(start, start + n)
             start += n
             if e >= 0:
-                out.index_add_(0, rows[mine], _apply(experts[e], xs[mine]).mul_(ws[mine]))
+                out.index_add_(0, rows[mine], apply(experts[e], xs[mine]).mul_(ws[mine]))
         return out
 
 
-def _apply(expert: Expert, x: torch.Tensor) -> torch.Tensor:
+def apply(expert: Expert, x: torch.Tensor) -> torch.Tensor:
     """x (T, D) -> down(silu(gate x) * up x) (T, D)."""
     return expert.down(F.silu(expert.gate(x)).mul_(expert.up(x)))

@@ -41,13 +41,21 @@ def whole_machine(facts: Hardware, calibration: Calibration | None = None) -> Bu
 
 
 def free_now(
-    facts: Hardware, calibration: Calibration | None = None, *, gpu: bool = False
+    facts: Hardware,
+    calibration: Calibration | None = None,
+    *,
+    limit: int | None = None,
+    gpu: bool = False,
 ) -> Budget:
     """What a model that is loaded now may take: the memory that is free, less a reserve.
 
-    The pack is there already. `gpu`: whoever loads can keep experts in VRAM.
+    The pack is there already. `limit`: most bytes of RAM for the model; `gpu`: whoever loads can
+    keep experts in VRAM.
     """
+    reserve = min(SPARE, facts.ram_available // 8)
     ram = facts.ram_available
+    if limit is not None:
+        ram = min(ram, limit + reserve)
     return Budget(
         ram=ram,
         disk=facts.disk.free,
@@ -55,7 +63,7 @@ def free_now(
         cores=min(facts.cores_physical, facts.cores_usable),
         core_flops=CORE_FLOPS.get(facts.kernels, SLOW_FLOPS),
         pack_present=True,
-        reserve=min(SPARE, ram // 8),
+        reserve=reserve,
         calibration=calibration,
     )
 

@@ -181,6 +181,12 @@ class Plan:
         return self.placement.vram_experts * self.sizes.vram_slot
 
     @property
+    def spare_bytes(self) -> int:
+        """RAM that is neither experts nor matrices: keys and values, activations, long prompts."""
+        found = self.placement
+        return found.ram.get("KV cache", 0) + found.work + found.hidden_bytes
+
+    @property
     def staging_slots(self) -> int:
         """Of the RAM tier's slots, those that reads land in."""
         return self.placement.staging_slots
