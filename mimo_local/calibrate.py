@@ -88,9 +88,11 @@ def measure(
     source = random.Random(SEED)
     ids = [source.randrange(runner.vocab_size) for _ in range(prompt + tokens + WARM)]
     found = Timings(depth=prompt + WARM + tokens // 2)
-    runner.reset()
-    before, start = store.meters.copy(), clock()
-    runner.prefill(ids[:prompt])
+    # The first prompt touches fresh pages and has all it reads checked: the second is like others.
+    for _ in range(2):
+        runner.reset()
+        before, start = store.meters.copy(), clock()
+        runner.prefill(ids[:prompt])
     found.prompt_s = clock() - start
     found.prompt_wait_s = store.meters.since(before).wait_s
     chosen: list[tuple[int, torch.Tensor]] = []

@@ -90,12 +90,9 @@ def _blame_decode(run: Run, slow: bool) -> str:
     thought = near.resident_s + near.expert_s
     # The part that is further from its prediction, in seconds, is the one to name.
     if abs(waited - near.wait_s) > abs(computed - thought):
-        return (
-            f"waiting for the disk took {1e3 * waited:.3g} ms a token, "
-            f"{1e3 * near.wait_s:.3g} expected"
-        )
+        return f"waiting for the disk took {_ms(waited)} ms a token, {_ms(near.wait_s)} expected"
     why = "other programs, fewer threads, or slower memory than assumed" if slow else "the memory"
-    return f"computing took {1e3 * computed:.3g} ms a token, {1e3 * thought:.3g} expected: {why}"
+    return f"computing took {_ms(computed)} ms a token, {_ms(thought)} expected: {why}"
 
 
 def _blame_prefill(run: Run, slow: bool) -> str:
@@ -112,3 +109,8 @@ def _blame_prefill(run: Run, slow: bool) -> str:
 def _range(worst: Predicted, best: Predicted) -> str:
     low, high = f"{worst.hit:.0%}", f"{best.hit:.0%}"
     return low if low == high else f"{low[:-1]}-{high}"
+
+
+def _ms(seconds: float) -> str:
+    """Milliseconds, with a decimal or two where they are few."""
+    return f"{1e3 * seconds:.0f}" if seconds >= 0.01 else f"{1e3 * seconds:.2g}"

@@ -833,3 +833,70 @@ def test_the_time_left_is_what_the_rest_takes_at_the_speed_so_far() -> None:
 )
 def test_durations(seconds: float, text: str) -> None:
     assert status.duration(seconds) == text
+
+
+# -- plan: rates given, calibrated, checked --------------------------------------------------------
+
+
+def test_given_rates_and_pages_reach_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["plan", "--vram", "0", "--ram", "64GB", "--disk", "1TB", "--ram-rate", "60GB/s"]
+    args += ["--disk-rate", "3.5GB", "--pages", "40", "--context", "32768"]
+    assert cli.main([*args, "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["budget"]["ram_rate"] == 60e9 and data["budget"]["disk_rate"] == 3.5e9
+    assert data["prediction"]["prefill"]["tokens"] == 40 * 550
+    assert data["hidden_budget_bytes"] > 0 and data["context"] == 32768
+    assert cli.main(args) == 0
+    out = capsys.readouterr().out
+    assert "RAM 60 GB/s (given)" in out and "disk 3.5 GB/s (given)" in out
+    assert "40 pages (22000 tokens) read in" in out and "uniform-skewed" in out
+
+
+def test_calibrating_answering_and_checking_a_pack(
+    user_home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import tiny
+
+    from mimo_local import runs
+    from mimo_local.runs import Cost, Predicted, Run
+
+    assert cli.main(["plan", "--check"]) == 0
+    assert "no answer" in capsys.readouterr().out
+    source = tiny.write(tmp_path / "source", tiny.config(hidden=64, moe_intermediate=64))
+    assert cli.main(["quantize", str(source), "small"]) == 0
+    assert cli.main(["plan", "--calibrate", "-m", str(source)]) == ExitCode.USAGE
+    target = user_home / "data" / "packs" / "small"
+    capsys.readouterr()
+    assert cli.main(["plan", "--calibrate", "-m", str(target)]) == 0
+    out, err = capsys.readouterr()
+    assert "calibrated with a prompt of 512 tokens and 24 more" in err
+    assert out.count("(calibrated ") == 2 and "disk 7 GB/s (assumed)" in out
+    assert cli.main(["plan", "-m", str(target)]) == 0
+    assert "(calibrated " in capsys.readouterr().out, "kept for the next time"
+    assert cli.main(["plan", "-m", str(target), "--cores", "3"]) == 0
+    assert "(calibrated " not in capsys.readouterr().out, "that is another machine"
+
+    from mimo_local import hardware
+    from mimo_local.plan import here
+
+    way = Predicted(2.0, 0.4, 2e9, 0.1, 0.1, 0.3)
+    run = Run(
+        at="2026-11-28T12:00:00+00:00", machine=here.machine_key(hardware.detect()),
+        model="small", pack="p", kernel="avx2", calibrated=True, prefill=Cost(1000, 10.0),
+        decode=Cost(100, 200.0, wait_s=170.0, disk_bytes=200 * GB), predicted=(way, way),
+        predicted_prefill_s=9.0, bound="disk", peak_rss=GB, planned_ram=2 * GB,
+    )  # fmt: skip
+    runs.append(user_home / "data" / runs.FILE, run)
+    runs.append(user_home / "data" / runs.FILE, replace(run, machine="another"))
+    assert cli.main(["plan", "--check"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("| 2026-11-28 12:00 |") == 1, "only this machine's"
+    assert "decode was 4.0 times slower than predicted: waiting for the disk took 1700 ms" in out
+    assert "prefill was as predicted" in out and "planned 2.0 GB" in out
+    assert cli.main(["plan", "--check", "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["runs"]
+    assert found["findings"][0]["off"] and found["decode"]["tokens"] == 100
+    assert cli.main(["doctor", "--json"]) in (0, 1)
+    report = json.loads(capsys.readouterr().out)
+    assert report["sections"]["predictions"]["decode"].startswith("0.5 tokens/s measured")
+    assert any("4.0 times slower" in problem["message"] for problem in report["problems"])

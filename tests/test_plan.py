@@ -176,7 +176,8 @@ def test_a_curve_that_does_not_rise_is_refused(points: tuple[tuple[float, float]
 
 
 def test_a_recorded_trace_takes_the_place_of_the_bounds() -> None:
-    trace = HitCurve("trace of tuesday", ((0.0, 0.0), (0.3, 0.6), (1.0, 1.0)))
+    trace = HitCurve.through("trace of tuesday", {0.5: 0.6, 0.3: 0.65, 0.0: 0.1, 1.0: 0.98})
+    assert trace.points == ((0.0, 0.0), (0.3, 0.65), (0.5, 0.65), (1.0, 1.0))
     found = plan(REAL, PACK, Budget(ram=64 * GB, disk=500 * GB), curves=(trace,))
     assert found.prediction is not None
     assert [d.routing for d in found.prediction.decode] == ["trace of tuesday"]

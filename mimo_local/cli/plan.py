@@ -70,7 +70,7 @@ Measure = Annotated[bool, typer.Option("--measure", help="measure this RAM and d
 Calibrate = Annotated[
     bool,
     typer.Option(
-        "--calibrate", help="run the pack for some tokens and keep the rates it shows, ~1 min"
+        "--calibrate", help="run the pack for some tokens and keep the rates it shows, 1-2 min"
     ),
 ]
 Check = Annotated[
@@ -104,7 +104,7 @@ def plan(
     if check:
         return checked(json=json)
     if calibrate:
-        model = calibrated(model, context)
+        model = calibrated(model, context, None if ram is None else size(ram))
     config, pack, name = subject(model, format)
     budget = this_machine(model, measure=measure)
     rates = {"ram_rate": ram_rate, "disk_rate": disk_rate}
@@ -118,7 +118,7 @@ def plan(
         disk=budget.disk if disk is None else size(disk),
         cores=cores or budget.cores,
         pack_present=disk is None and model is not None and (model / PACK_MANIFEST).exists(),
-        measured=(*budget.measured, *(key.removesuffix("_rate") for key in given)),
+        given=tuple(key.removesuffix("_rate") for key in given),
         ram_rate=given.get("ram_rate", budget.ram_rate),
         disk_rate=given.get("disk_rate", budget.disk_rate),
     )
@@ -201,13 +201,16 @@ def this_machine(model: Path | None = None, *, measure: bool) -> Budget:
     )
 
 
-def calibrated(model: Path | None, context: int | None) -> Path:
-    """Measure the chosen pack's decode loop and keep what it showed; returns the pack's folder."""
+def calibrated(model: Path | None, context: int | None, ram: int | None) -> Path:
+    """Measure the chosen pack's decode loop and keep what it showed; returns the pack's folder.
+
+    `ram`: most bytes the model may take, as in an answer with `--ram`.
+    """
     from mimo_local import hardware
     from mimo_local.cli import plan_text
     from mimo_local.plan import here
 
-    loaded, folder = load(Settings.resolve(model=model, context=context))
+    loaded, folder = load(Settings.resolve(model=model, context=context, ram=ram))
     from mimo_local.benchmark import ModelRunner
     from mimo_local.calibrate import calibrate
 

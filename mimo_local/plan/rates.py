@@ -72,6 +72,7 @@ class Rates:
 
         def line(name: str, value: float, share: float, key: str = "") -> str:
             how = "measured" if key in budget.measured else "assumed"
+            how = "given" if key in budget.given else how
             return f"{name} {value / GB:.4g} GB/s ({how}), {share:.0%} of it reached"
 
         ram, disk = budget.ram_rate * RAM_EFF, budget.disk_rate * DISK_EFF

@@ -6,6 +6,7 @@ Two stated curves bound what is not known before the model has run, a recorded t
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mimo_local.errors import UsageError
@@ -27,6 +28,15 @@ class HitCurve:
                 f"the hit rates `{self.name}` do not rise from share 0 to (1, 1)",
                 hint="give (share kept, hit rate) pairs in ascending order",
             )
+
+    @classmethod
+    def through(cls, name: str, rates: Mapping[float, float]) -> HitCurve:
+        """A curve through replayed (share kept -> hit rate); where rates fall, the best before."""
+        points, best = [(0.0, 0.0)], 0.0
+        for share in sorted(share for share in rates if 0 < share < 1):
+            best = max(best, rates[share])
+            points.append((share, best))
+        return cls(name, (*points, (1.0, 1.0)))
 
     def __call__(self, share: float) -> float:
         """The hit rate with `share` of the experts kept."""

@@ -29,7 +29,9 @@ class Budget:
     core_flops: float = 60e9
     """Multiply-adds of one core in a long prompt's products, each counted twice."""
     measured: tuple[str, ...] = ()
-    """Names of the rates that were given or measured here, not assumed: "ram", "disk"."""
+    """Names of the rates that were measured here: "ram", "disk"."""
+    given: tuple[str, ...] = ()
+    """Names of those somebody typed."""
     pack_present: bool = False
     """The pack is already on this disk: its bytes need no free space."""
     reserve: int | None = None
