@@ -76,7 +76,8 @@ def load(settings: Settings, on_event: Callable[[Progress], None] | None = None)
         prefetch=settings.prefetch,
         on_progress=on_event,
     )
-    model = Model(weights, experts, on_progress=on_event)
+    hidden = None if made is None else made.hidden_budget_bytes
+    model = Model(weights, experts, hidden_budget=hidden, on_progress=on_event)
 
     def new_cache() -> KVCache:
         return model.new_cache(dtype=dtype)

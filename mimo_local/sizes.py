@@ -19,6 +19,7 @@ from quant.recipe import FORMAT_NAMES, Recipe
 GB = 1_000_000_000
 SCALE_GROWTH = 18 / 17  # a 4-bit expert in VRAM: 64 weights are 32 bytes and a float32, not float16
 ALIGN = 4096  # an expert starts on a page, so that one direct read brings it
+HUGE_PAGE = 2 << 20
 CHUNK = 512  # rows of one prefill step: what the activations are sized for
 HIDDEN_BUFFERS = 3  # residual stream, normed rows, a layer's output
 
@@ -102,8 +103,9 @@ def kv_bytes(config: ModelConfig, tokens: int, itemsize: int = 2) -> int:
 
 
 def hidden_bytes(config: ModelConfig, tokens: int) -> int:
-    """Bytes of the float32 hidden states of a prompt that goes through the layers as a whole."""
-    return HIDDEN_BUFFERS * 4 * config.hidden_size * tokens
+    """Bytes of a prompt that goes through the layers as a whole: hidden states, choices."""
+    row = HIDDEN_BUFFERS * 4 * config.hidden_size + 8 * config.experts_per_token
+    return row * tokens
 
 
 def activation_bytes(config: ModelConfig) -> int:
@@ -182,6 +184,12 @@ class PackSizes:
     def vram_slot(self) -> int:
         """Bytes one expert takes in VRAM."""
         return self.slot or self.expert
+
+    @property
+    def ram_slot(self) -> int:
+        """Bytes one expert takes in a RAM tier that evicts: whole huge pages from 8 MB on."""
+        unit = HUGE_PAGE if self.expert >= 4 * HUGE_PAGE else ALIGN
+        return -(-self.expert // unit) * unit
 
     @property
     def total(self) -> int:

@@ -210,7 +210,7 @@ def facts() -> Hardware:
 def test_what_is_free_now_is_what_may_be_taken(facts: Hardware) -> None:
     whole, free = here.whole_machine(facts), here.free_now(facts, FOUND)
     assert (whole.ram, free.ram) == (64 * GB, 40 * GB)
-    assert free.reserve == here.SPARE and free.pack_present and free.calibration == FOUND
+    assert free.reserve == 8 * GB and free.pack_present and free.calibration == FOUND
     assert whole.core_flops > Budget(ram=0, disk=0).core_flops
     card = dataclasses.replace(facts, gpus=(Gpu("a card", 24 * GB, 23 * GB),))
     assert here.free_now(card).vram == 0 and here.free_now(card, gpu=True).vram == 23 * GB

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from mimo_local.errors import NotEnoughMemoryError
-from mimo_local.experts.memory import available_memory
-from mimo_local.experts.pressure import RESERVE
+from mimo_local.experts.memory import available_memory, reserve
 from mimo_local.experts.store import ExpertStore
 from mimo_local.experts.tiered import TieredStore
 from mimo_local.settings import Prefetch
@@ -27,7 +26,7 @@ def open_store(
     have to fit whole, a pack needs memory for the rest and a few experts.
     """
     rest = weights.nbytes - weights.expert_nbytes
-    room = available_memory() - RESERVE - rest - spare
+    room = available_memory() - reserve() - rest - spare
     if ram is not None:
         room = min(room, ram - rest - spare)
     if not weights.config.is_moe or weights.expert_nbytes <= room:

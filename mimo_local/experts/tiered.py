@@ -25,6 +25,7 @@ from mimo_local.experts.pressure import Pressure
 from mimo_local.experts.ram import RamTier
 from mimo_local.experts.steps import Few, InOrder
 from mimo_local.experts.store import Watcher
+from mimo_local.experts.vram import VramTier
 from mimo_local.settings import Prefetch
 from mimo_local.weights import PackWeights
 
@@ -48,6 +49,7 @@ class TieredStore:
         prefetch: Prefetch = "auto",
         reserve: int | None = None,
         disk: DiskTier | None = None,
+        vram: VramTier | None = None,
     ) -> None:
         """`budget`: bytes of RAM for experts; `reserve`: bytes of the machine's left alone.
 
@@ -62,6 +64,7 @@ class TieredStore:
         # Twice a token's experts: this layer's misses and guesses for the next one.
         self.ram = RamTier(layouts, budget, ring=2 * self.chosen, policy=policy)
         self.pressure = Pressure(self.ram.slot_bytes, budget, reserve)
+        self.vram = vram
         self.trial = Trial()
         self._prefetch: Prefetch = prefetch
         self._first = layers[0]
@@ -75,7 +78,8 @@ class TieredStore:
     @property
     def nbytes(self) -> dict[str, int]:
         """Bytes held, by tier."""
-        return {"ram": self.ram.nbytes, "disk": self.disk.nbytes}
+        held = {"ram": self.ram.nbytes, "disk": self.disk.nbytes}
+        return held if self.vram is None else {"vram": self.vram.nbytes, **held}
 
     @property
     def notes(self) -> list[str]:
@@ -97,8 +101,8 @@ class TieredStore:
     def run(self, layer: int, x: torch.Tensor, ids: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         """x (T, D) f32, ids (T, K) int, w (T, K) f32 -> (T, D) f32: sum over K of w * expert(x).
 
-        The same bits as `ExpertStore.run`. PackError if an expert cannot be read: nothing was
-        computed from it, and the store goes on working.
+        The same bits as `ExpertStore.run`, experts in VRAM excepted. PackError if an expert cannot
+        be read: nothing was computed from it, and the store goes on working.
         """
         start = time.perf_counter()
         if self._watcher is not None:
@@ -198,6 +202,8 @@ class TieredStore:
 
     def _begin_step(self) -> None:
         self.ram.policy.end_of_step()
+        if self.vram is not None:
+            self.vram.end_of_step()
         if self._step_s and self._prefetch == "auto":
             self.trial.observe(self._step_s)
         self._step_s = 0.0

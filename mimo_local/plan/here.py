@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from mimo_local.hardware import Hardware
+from mimo_local.plan.placement import RAM_RESERVE, RAM_SHARE
 from mimo_local.plan.rates import CORE_FLOPS, SLOW_FLOPS, Calibration
 from mimo_local.plan.types import Budget
 from mimo_local.settings import PACK_MANIFEST
@@ -24,8 +25,6 @@ FILE: Final = "calibrations.json"
 VERSION: Final = 1
 KEPT: Final = 50
 """Calibrations kept; the oldest go first."""
-SPARE: Final = 1 << 30
-"""Of the memory that is free when a model is loaded, bytes left free."""
 
 
 def whole_machine(facts: Hardware, calibration: Calibration | None = None) -> Budget:
@@ -52,7 +51,7 @@ def free_now(
     The pack is there already. `limit`: most bytes of RAM for the model; `gpu`: whoever loads can
     keep experts in VRAM.
     """
-    reserve = min(SPARE, facts.ram_available // 8)
+    reserve = min(RAM_RESERVE, facts.ram_total // RAM_SHARE)  # as `experts.memory.reserve`
     ram = facts.ram_available
     if limit is not None:
         ram = min(ram, limit + reserve)

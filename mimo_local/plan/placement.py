@@ -65,11 +65,12 @@ def place(
         in_vram[MTP], vram = sizes.mtp, vram - sizes.mtp
     # A byte spilled goes to disk and back in every layer; an expert that gives way to it is read
     # once per document. So what a prompt as long as the context needs, if the RAM is not tiny.
-    slots = 2 * config.experts_per_token * sizes.expert if sizes.experts else 0
-    hidden = min(hidden_bytes(config, context), max(0, (ram - slots) // HIDDEN_SHARE))
+    slots = 2 * config.experts_per_token * sizes.ram_slot if sizes.experts else 0
+    room, need = max(0, (ram - slots) // HIDDEN_SHARE), hidden_bytes(config, context)
+    hidden, most = (need, need) if need <= room else (room, room // 2)
     ram -= hidden
     found = _experts(config, sizes, vram, ram)
-    ram -= (found.ram_experts + found.copies + found.staging_slots) * sizes.expert
+    ram -= (found.ram_experts + found.copies + found.staging_slots) * found.ram_slot
     if sizes.mtp and MTP not in in_vram:
         # Drafting pays when experts are at hand; while they come from disk it only takes room.
         if not found.disk_experts and sizes.mtp <= ram:
@@ -86,7 +87,8 @@ def place(
         work=work,
         reserve=reserve,
         hidden_bytes=hidden,
-        hidden_tokens=hidden // max(1, hidden_bytes(config, 1)),
+        hidden_budget=most,
+        hidden_tokens=most // max(1, hidden_bytes(config, 1)),
         short=max(0, -ram),
         notes=_notes(budget, on_disk),
     )
@@ -95,21 +97,22 @@ def place(
 def _experts(config: ModelConfig, sizes: PackSizes, vram: int, ram: int) -> Placement:
     """Counts of experts for the bytes that are left; everything else is still empty."""
     in_vram = in_ram = staging = copies = 0
+    slot = sizes.expert
     if sizes.experts:
         in_vram = min(sizes.experts, vram // sizes.vram_slot)
         left = sizes.experts - in_vram
         if left * sizes.expert > ram:
             # A disk tier: the misses of the layer at work and guesses for the next one land here.
-            staging = 2 * config.experts_per_token
-            ram -= staging * sizes.expert
-        in_ram = max(0, min(left, ram // sizes.expert))
+            staging, slot = 2 * config.experts_per_token, sizes.ram_slot
+            ram -= staging * slot
+        in_ram = max(0, min(left, ram // slot))
         if in_ram == left:
-            copies = max(0, min(in_vram, ram // sizes.expert - in_ram))
+            copies = max(0, min(in_vram, ram // slot - in_ram))
     return Placement(
         context=0, kv_itemsize=0, vram={}, ram={}, disk={}, work=0, reserve=0,
-        hidden_bytes=0, hidden_tokens=0,
+        hidden_bytes=0, hidden_budget=0, hidden_tokens=0,
         vram_experts=in_vram, ram_experts=in_ram, disk_experts=sizes.experts - in_vram - in_ram,
-        copies=copies, staging_slots=staging,
+        copies=copies, staging_slots=staging, ram_slot=slot,
     )  # fmt: skip
 
 
@@ -193,12 +196,14 @@ def rows(sizes: PackSizes, found: Placement) -> tuple[Row, ...]:
     if found.hidden_bytes:
         lines.append(Row("hidden states", found.hidden_bytes, ram=found.hidden_bytes))
     if found.staging_slots:
-        size = found.staging_slots * sizes.expert
+        size = found.staging_slots * found.ram_slot
         lines.append(Row(f"read slots, {found.staging_slots}", size, ram=size))
     lines.append(Row("left alone", found.reserve, ram=found.reserve))
     one = sizes.expert
     if growth := found.vram_experts * (sizes.vram_slot - one):
         lines.append(Row("wider scales in VRAM", growth, vram=growth))
+    if ends := found.ram_experts * (found.ram_slot - one):
+        lines.append(Row("ends of RAM slots", ends, ram=ends))
     if found.copies:
         size = found.copies * one
         lines.append(Row(f"copies of VRAM's experts, {found.copies}", size, ram=size))

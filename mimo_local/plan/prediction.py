@@ -16,6 +16,7 @@ from mimo_local.plan.routing import HitCurve
 from mimo_local.plan.types import Decode, Placement, Prediction, Prefill
 from mimo_local.sizes import CHUNK, PackSizes, active_weights, hidden_bytes, kv_bytes
 
+LEAST_ROWS = 256  # rows of a pass, however little memory there is
 DEPTH = 8192  # tokens in the context while decoding: what an answer about a long page has
 
 
@@ -150,9 +151,9 @@ def pass_limits(
     touched = 0.0
     if sizes.experts:
         touched = 1 - (1 - config.experts_per_token / config.n_experts) ** tokens
-    on_disk = touched * found.disk_experts * sizes.expert
-    off_gpu = on_disk + touched * found.ram_experts * sizes.expert
-    spilled = max(0, hidden_bytes(config, tokens) - found.hidden_bytes)
+    times, spilled = spilling(config, found, tokens)
+    on_disk = times * touched * found.disk_experts * sizes.expert
+    off_gpu = on_disk + times * touched * found.ram_experts * sizes.expert
     # What has spilled is read and written again in every layer.
     limits = {"disk": (on_disk + 2 * config.n_layers * spilled) / rates.disk}
     flops = prompt_flops(config, tokens)
@@ -164,6 +165,16 @@ def pass_limits(
         limits["RAM"] = off_gpu / rates.ram + rest / rates.rest
         limits["arithmetic"] = flops / rates.cpu_flops
     return limits
+
+
+def spilling(config: ModelConfig, found: Placement, tokens: int) -> tuple[int, int]:
+    """(how often a prompt reads the experts, bytes of hidden states that lie in a file)."""
+    if tokens <= found.hidden_tokens or not config.is_moe:
+        return 1, 0
+    one = 4 * config.hidden_size
+    kept = hidden_bytes(config, 1) - one  # two of a row's three buffers stay in RAM
+    most = max(LEAST_ROWS, 2 * found.hidden_budget // kept)
+    return math.ceil(tokens / most), one * tokens
 
 
 def prompt_flops(config: ModelConfig, tokens: int) -> float:

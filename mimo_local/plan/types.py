@@ -66,7 +66,10 @@ class Placement:
     """Activations of one chunk of rows."""
     reserve: int
     hidden_bytes: int
-    """RAM for the hidden states of a long prompt; what does not fit goes through the disk."""
+    """RAM for the hidden states of a long prompt."""
+    hidden_budget: int
+    """What a prompt's buffers may take before one of the three goes into a file. The other two then
+    may take twice as much, so it is half of `hidden_bytes` where not all of the context fits."""
     hidden_tokens: int
     """Longest prompt whose hidden states fit."""
     vram_experts: int = 0
@@ -76,6 +79,8 @@ class Placement:
     """Experts in VRAM that lie in RAM too, so that one pushed out of VRAM costs no read."""
     staging_slots: int = 0
     """Expert slots that reads land in."""
+    ram_slot: int = 0
+    """Bytes of one slot in RAM."""
     short: int = 0
     """Bytes of RAM missing before the first expert; 0: it works."""
     notes: tuple[str, ...] = ()
@@ -175,7 +180,7 @@ class Plan:
         """Budget of the RAM tier: the slots of experts that stay and those that reads land in."""
         found = self.placement
         slots = found.ram_experts + found.copies + found.staging_slots
-        return slots * self.sizes.expert
+        return slots * found.ram_slot
 
     @property
     def expert_vram_bytes(self) -> int:
@@ -196,7 +201,7 @@ class Plan:
     @property
     def hidden_budget_bytes(self) -> int:
         """RAM for a long prompt's hidden states before they spill to disk."""
-        return self.placement.hidden_bytes
+        return self.placement.hidden_budget
 
     def check(self) -> None:
         """Raise the first problem as NotEnoughMemoryError or DiskSpaceError."""
