@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mimo_local.sizes import gb
+
 if TYPE_CHECKING:
     from mimo_local.benchmark import Result
     from mimo_local.doctor import Report
