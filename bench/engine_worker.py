@@ -268,7 +268,7 @@ class Ours:
 
 def peak_rss() -> int:
     """Most bytes of memory this process ever had."""
-    from mimo_local.benchmark import peak_rss as measured
+    from mimo_local.hardware import peak_rss as measured
 
     return measured()
 
