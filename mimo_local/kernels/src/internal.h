@@ -155,6 +155,7 @@ using ProductPeak = std::int64_t (*)(std::int64_t rounds) noexcept;
 // ---- attention: attention.inc, attention.cpp ------------------------------------------------------------------------
 
 inline constexpr std::int64_t kAttendKeys = 256;  // keys of a step
+inline constexpr std::int64_t kAttendColumns = 32;  // value columns that are summed side by side
 inline constexpr std::int64_t kAttendRows = 128;  // rows at most: their scores in a step are a quarter of a 512 KB cache
 
 // Some rows of queries of one sequence and the keys and values of the head they use.
@@ -180,7 +181,7 @@ struct AttendJob {
 struct AttendState {
   float *most;   // (rows)
   float *total;  // (rows)
-  float *out;    // (rows, dv rounded up to 16)
+  float *out;    // (rows, dv rounded up to kAttendColumns)
 };
 inline constexpr float kAttendNothing = -0x1.fffffep127F;  // not infinity: the difference of two is to be 0
 
@@ -191,7 +192,7 @@ struct AttendMerge {
   std::int64_t dv;
   float *most;
   const float *total;
-  const float *out;   // (parts, rows, dv rounded up to 16)
+  const float *out;   // (parts, rows, dv rounded up to kAttendColumns)
   const float *sink;  // (rows rounded up to 16), -infinity where there is none
   float *const *to;   // (rows) addresses of dv floats
 };
