@@ -18,7 +18,8 @@ from mimo_local.cache import KVCache
 from mimo_local.config import ModelConfig
 from mimo_local.errors import NotEnoughMemoryError, UsageError
 from mimo_local.events import Progress
-from mimo_local.experts import ExpertStore, available_memory
+from mimo_local.experts.memory import available_memory
+from mimo_local.experts.store import ExpertStore
 from mimo_local.model import Model
 from mimo_local.settings import Settings
 from mimo_local.sizes import kv_bytes

@@ -23,7 +23,7 @@ from mimo_local.config import Attention as Kind
 from mimo_local.config import LayerSpec, ModelConfig
 from mimo_local.errors import CancelledError, ContextOverflowError, UsageError
 from mimo_local.events import Progress
-from mimo_local.experts import ExpertStore
+from mimo_local.experts.store import ExpertStore
 from mimo_local.weights import OnProgress, QuantLinear, Weights, stack
 
 Trace: TypeAlias = Callable[[str, torch.Tensor], None]

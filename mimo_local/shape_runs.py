@@ -15,7 +15,7 @@ import torch
 from mimo_local import kernels, ops
 from mimo_local.benchmark import SEED, ModelRunner
 from mimo_local.config import LayerSpec
-from mimo_local.experts import ExpertStore
+from mimo_local.experts.store import ExpertStore
 from mimo_local.model import Model, Segment
 from mimo_local.random_weights import RandomWeights
 

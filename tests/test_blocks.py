@@ -12,7 +12,7 @@ import torch
 
 from mimo_local import kernels
 from mimo_local.errors import NativeError
-from mimo_local.experts import ExpertStore
+from mimo_local.experts.store import ExpertStore
 from mimo_local.model import Model, Segment
 from mimo_local.weights import open_weights
 from quant.convert import Recipe, convert

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mimo_local import experts as module
 from mimo_local import kernels
 from mimo_local.errors import NotEnoughMemoryError
 from mimo_local.events import Progress
-from mimo_local.experts import ExpertStore
+from mimo_local.experts import memory as module
+from mimo_local.experts.store import ExpertStore
 from mimo_local.weights import CheckpointWeights, QuantLinear, open_weights
 from quant.convert import Recipe, convert
 

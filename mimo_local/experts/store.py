@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import ctypes
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import TypeAlias
 
-import psutil
 import torch
 import torch.nn.functional as F
 
-from mimo_local import hardware, kernels
-from mimo_local.errors import NotEnoughMemoryError
+from mimo_local import kernels
 from mimo_local.events import Progress
+from mimo_local.experts.memory import check_memory
+from mimo_local.experts.meters import Meters
 from mimo_local.weights import Expert, OnProgress, Weights
+
+Watcher: TypeAlias = Callable[[int, torch.Tensor], None]
 
 
 class RamTier:
@@ -38,6 +41,9 @@ class RamTier:
                 setattr(mlp, name, linear.format.matrix(linear.parts))
             self.nbytes += expert.nbytes
 
+    def __contains__(self, layer: int) -> bool:
+        return layer in self._held
+
     def get(self, layer: int) -> list[Expert]:
         """The experts of one layer, by index."""
         return self._held[layer]
@@ -55,6 +61,8 @@ class ExpertStore:
         config = weights.config
         check_memory(weights.nbytes)
         self.ram = RamTier()
+        self.meters = Meters()
+        self._watcher: Watcher | None = None
         layers = [spec.index for spec in config.layers if spec.mlp == "moe"]
         total = weights.expert_nbytes if layers else 0
         for layer in layers:
@@ -67,6 +75,29 @@ class ExpertStore:
         """Bytes held, by tier."""
         return {"ram": self.ram.nbytes}
 
+    def resident(self, layer: int) -> bool:
+        """Whether all experts of the layer lie in RAM for good, so that `mlps` may be called."""
+        return self._watcher is None and layer in self.ram
+
+    def watch(self, watcher: Watcher | None) -> None:
+        """Tell `watcher(layer, ids (T, K) int32)` about every step's choices; None: nobody."""
+        self._watcher = watcher
+
+    def sweep(
+        self,
+        layer: int,
+        x: torch.Tensor,
+        ids: torch.Tensor,
+        w: torch.Tensor,
+        *,
+        cancel: Callable[[], bool] | None = None,
+    ) -> torch.Tensor:
+        """As `run`, for the rows of a long prompt: every expert is read once, in file order.
+
+        `cancel` is asked between experts; CancelledError when it says so.
+        """
+        return self.run(layer, x, ids, w)
+
     def mlps(self, layer: int) -> tuple[ctypes.Array[kernels.Mlp], object]:
         """The experts of one layer for the kernels, and what must live as long as they are used."""
         return self.ram.mlps(layer), self.ram
@@ -78,6 +109,8 @@ class ExpertStore:
         its bits do not depend on its company up to 8 rows; 4- and 8-bit experts then meet x rounded
         to 8 bits per 64 columns. An id of -1 leaves its entry out.
         """
+        if self._watcher is not None:
+            self._watcher(layer, ids)
         native = kernels.get()
         if native is None or x.device.type != "cpu":
             return self.run_torch(layer, x, ids, w)
@@ -110,20 +143,3 @@ class ExpertStore:
 def _apply(expert: Expert, x: torch.Tensor) -> torch.Tensor:
     """x (T, D) -> down(silu(gate x) * up x) (T, D)."""
     return expert.down(F.silu(expert.gate(x)).mul_(expert.up(x)))
-
-
-def available_memory() -> int:
-    """Bytes this process may still take: the machine's, or its cgroup's if that is less."""
-    return min(int(psutil.virtual_memory().available), hardware.cgroup_memory()[1])
-
-
-def check_memory(nbytes: int) -> None:
-    """Refuse to load `nbytes` that do not fit; raises NotEnoughMemoryError."""
-    free = available_memory()
-    if nbytes > free:
-        raise NotEnoughMemoryError(
-            f"the model takes {nbytes / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free: "
-            f"{(nbytes - free) / 1e9:.1f} GB are missing",
-            hint="close other programs, choose a smaller format (`mimo quantize --format nf4`), "
-            "or see `mimo plan`",
-        )
