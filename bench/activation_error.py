@@ -31,7 +31,7 @@ from demo_quality import TEXT, with_kernels  # noqa: E402
 
 from mimo_local import kernels  # noqa: E402
 from mimo_local.demo import demo_pack  # noqa: E402
-from mimo_local.experts import ExpertStore  # noqa: E402
+from mimo_local.experts.store import ExpertStore  # noqa: E402
 from mimo_local.model import MLP, Model, Segment  # noqa: E402
 from mimo_local.tokenizer import Tokenizer  # noqa: E402
 from mimo_local.weights import QuantLinear, open_weights  # noqa: E402
@@ -104,7 +104,10 @@ def multiply(
 
 
 def measure(products: Products, tables: list[kernels.Kernels]) -> dict[str, dict[str, Any]]:
-    """Case -> kind -> {"median", "worst", "layer"} over the layers; 99 % of all rows are below."""
+    """Case -> kind -> {"median", "worst", "layer"} over the layers; 99 % of all rows are below.
+
+    "most of format": the largest share of the format's own error in the same layer.
+    """
     by_layer: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
     by_row: dict[tuple[str, str], list[torch.Tensor]] = defaultdict(list)
     for (layer, kind), pairs in products.items():
@@ -126,10 +129,12 @@ def measure(products: Products, tables: list[kernels.Kernels]) -> dict[str, dict
     results: dict[str, dict[str, Any]] = defaultdict(dict)
     for (case, kind), layers in by_layer.items():
         worst = max(layers, key=lambda n: layers[n])
+        own = by_layer[case.split()[0] + " weights", kind]
         results[case][kind] = {
             "median": round(statistics.median(layers.values()), 5),
             "worst": round(layers[worst], 5),
             "layer": worst,
+            "most of format": round(max(v / own[n] for n, v in layers.items()), 3),
             "99 % of rows": round(percentile(torch.cat(by_row[case, kind])), 5),
         }
     return results

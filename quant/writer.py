@@ -62,7 +62,7 @@ class _Output:
         self._sha = hashlib.sha256()
         self._stored = 0
         self._flushed = 0
-        self._behind: Behind[_Piece] = Behind(self._digest, self._store)
+        self._behind: Behind[_Piece] = Behind(self._digest, self._check, self._store)
         with writing(self.path, 0, total):
             flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
             self._fd = os.open(self.part, flags, 0o644)
@@ -76,8 +76,10 @@ class _Output:
         self._behind.put((memoryview(data), crc))
 
     def _digest(self, piece: _Piece) -> None:
+        self._sha.update(piece[0])
+
+    def _check(self, piece: _Piece) -> None:
         data, crc = piece
-        self._sha.update(data)
         if crc is not None:
             crc.value = zlib.crc32(data, crc.value)
 
