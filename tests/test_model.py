@@ -16,7 +16,8 @@ from mimo_local.cache import KVCache
 from mimo_local.errors import CancelledError, ContextOverflowError, UsageError
 from mimo_local.events import Progress
 from mimo_local.experts.store import ExpertStore
-from mimo_local.model import Layer, Model, MoE, Segment
+from mimo_local.layers import Layer, MoE
+from mimo_local.model import Model, Segment
 from mimo_local.weights import QuantLinear, open_weights
 from quant.convert import Recipe, convert
 
