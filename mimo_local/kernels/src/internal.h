@@ -129,6 +129,9 @@ struct DequantizeJob {
 
 using QuantizeRows = QuantizeResult (*)(const QuantizeJob &, std::int64_t n0, std::int64_t n1) noexcept;
 using DequantizeRows = void (*)(const DequantizeJob &, std::int64_t n0, std::int64_t n1) noexcept;
+// K codes of FP8 -> floats, column k times scales[k / block].
+using WidenFp8Row = void (*)(const std::uint8_t *codes, std::int64_t K, const float *scales, std::int64_t block,
+                             float *out) noexcept;
 
 // ---- between the products: elementwise.inc --------------------------------------------------------------------------
 
@@ -313,6 +316,8 @@ struct mimo_table {
   mimo::DequantizeRows nf4_dequantize;
   mimo::DequantizeRows mxfp4_dequantize;
   mimo::DequantizeRows int8_dequantize;
+  // fp8.inc
+  mimo::WidenFp8Row widen_fp8_row;
   // elementwise.inc
   mimo::RmsNormRows rms_norm_rows;
   mimo::Swiglu swiglu;
