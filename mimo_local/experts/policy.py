@@ -261,7 +261,7 @@ class AgedFrequency(ExpertPolicy):
         self,
         capacity: int,
         *,
-        half_life: float = 64.0,
+        half_life: float = 32.0,
         margin: float = 1.0,
         per_layer: int | None = None,
     ) -> None:
