@@ -62,6 +62,8 @@ class ExpertStore:
         check_memory(weights.nbytes)
         self.ram = RamTier()
         self.meters = Meters()
+        self.wants_guesses = False
+        """Whether `expect` is of use: False while every expert lies in RAM."""
         self._watcher: Watcher | None = None
         layers = [spec.index for spec in config.layers if spec.mlp == "moe"]
         total = weights.expert_nbytes if layers else 0
@@ -82,6 +84,9 @@ class ExpertStore:
     def watch(self, watcher: Watcher | None) -> None:
         """Tell `watcher(layer, ids (T, K) int32)` about every step's choices; None: nobody."""
         self._watcher = watcher
+
+    def expect(self, layer: int, ids: torch.Tensor) -> None:
+        """A guess of what `layer`, the next one to be run, will choose: ids (T, K) int32."""
 
     def sweep(
         self,
@@ -136,10 +141,10 @@ class ExpertStore:
             mine = slice(start, start + n)
             start += n
             if e >= 0:
-                out.index_add_(0, rows[mine], _apply(experts[e], xs[mine]).mul_(ws[mine]))
+                out.index_add_(0, rows[mine], apply(experts[e], xs[mine]).mul_(ws[mine]))
         return out
 
 
-def _apply(expert: Expert, x: torch.Tensor) -> torch.Tensor:
+def apply(expert: Expert, x: torch.Tensor) -> torch.Tensor:
     """x (T, D) -> down(silu(gate x) * up x) (T, D)."""
     return expert.down(F.silu(expert.gate(x)).mul_(expert.up(x)))
