@@ -17,7 +17,7 @@ from typing import Any, Final, TypeAlias
 from mimo_local.errors import UsageError
 from mimo_local.events import Progress
 from mimo_local.experts.oracle import Belady
-from mimo_local.experts.policy import AgedFrequency, ExpertPolicy, Key, LayerLru, Lru, PinnedLru
+from mimo_local.experts.policy import AgedFrequency, ExpertPolicy, Key, Lru, PerLayer, PinnedLru
 from mimo_local.routing_trace import RoutingTrace
 
 SHARES: Final = (0.05, 0.10, 0.20, 0.30, 0.50, 0.75)
@@ -30,16 +30,24 @@ Make: TypeAlias = Callable[[int, "Replay"], ExpertPolicy]
 _CHUNK = 256  # tokens turned into keys at a time
 
 
+def _per_layer(
+    capacity: int, replay: Replay, *, make: Callable[[int], ExpertPolicy]
+) -> ExpertPolicy:
+    return PerLayer(capacity, replay.trace.facts.layers, make)
+
+
 def _pinned(capacity: int, replay: Replay, *, share: float) -> ExpertPolicy:
     return PinnedLru(capacity, replay.hottest()[: int(share * capacity)])
 
 
 POLICIES: Final[dict[str, Make]] = {
     "lru": lambda capacity, _: Lru(capacity),
-    "layer-lru": lambda capacity, replay: LayerLru(capacity, replay.trace.facts.layers),
     "lfru-8": lambda capacity, _: AgedFrequency(capacity, half_life=8),
-    "lfru-32": lambda capacity, _: AgedFrequency(capacity, half_life=32),
-    "lfru-128": lambda capacity, _: AgedFrequency(capacity, half_life=128),
+    "lfru-16": lambda capacity, _: AgedFrequency(capacity, half_life=16),
+    "lfru-64": lambda capacity, _: AgedFrequency(capacity, half_life=64),
+    "layer-lru": partial(_per_layer, make=Lru),
+    "layer-lfru-8": partial(_per_layer, make=partial(AgedFrequency, half_life=8)),
+    "layer-lfru-16": partial(_per_layer, make=partial(AgedFrequency, half_life=16)),
     "lfru-slow": lambda capacity, _: AgedFrequency(
         capacity, half_life=32, margin=1.25, per_layer=1
     ),

@@ -20,7 +20,8 @@ from mimo_local.cache import KVCache
 from mimo_local.cache_file import fingerprint
 from mimo_local.errors import UsageError
 from mimo_local.experts.store import ExpertStore
-from mimo_local.model import Model, MoE, Segment
+from mimo_local.layers import MoE
+from mimo_local.model import Model, Segment
 from mimo_local.routing_trace import Facts, TraceWriter
 from mimo_local.sampler import Sampler, SamplingParams
 
@@ -28,16 +29,17 @@ CHUNK = 128  # tokens forwarded, and written, at a time
 Cancel = Callable[[], bool]
 
 
-def facts_of(model: Model, name: str, *, guesses: bool = False) -> Facts:
+def facts_of(model: Model, name: str, expert_nbytes: int, *, guesses: bool = False) -> Facts:
     """What a trace of this model says of it; UsageError for a model without experts."""
-    config, store = model.config, store_of(model)
+    store_of(model)
+    config = model.config
     layers = tuple(spec.index for spec in config.layers if spec.mlp == "moe")
     return Facts(
         model=name,
         layers=layers,
         n_experts=config.n_experts,
         k=config.experts_per_token,
-        expert_nbytes=sum(store.nbytes.values()) // (len(layers) * config.n_experts),
+        expert_nbytes=expert_nbytes,
         config=fingerprint(config),
         n_guesses=config.experts_per_token if guesses and len(layers) > 1 else 0,
     )
@@ -168,7 +170,8 @@ class _Guesses:
             mlp = follower.mlp
             assert isinstance(mlp, MoE) and self._x is not None
             normed = ops.rms_norm(self._x + value, follower.post_norm, self._eps)
-            best = ops.election(normed, mlp.router, mlp.bias, self._config).topk(self._n).indices
+            score = ops.scores(normed, mlp.router)
+            best = ops.election(score, mlp.bias, self._config).topk(self._n).indices
             self._found.append(best.cpu().numpy())
 
     def take(self) -> npt.NDArray[Any]:
