@@ -50,8 +50,11 @@ class Runner(Protocol):
 class ModelRunner:
     """A `Model` and a cache of its own, kept as `new_cache` makes it (the engine's way)."""
 
-    def __init__(self, model: Model, new_cache: Callable[[], KVCache] | None = None) -> None:
-        self.model = model
+    def __init__(
+        self, model: Model, new_cache: Callable[[], KVCache] | None = None, *, whole: bool = False
+    ) -> None:
+        """`whole`: a prompt's last layer runs for all rows, as where few layers stand for many."""
+        self.model, self.whole = model, whole
         self._new_cache = new_cache or model.new_cache
         self.vocab_size = model.config.vocab_size
         self.max_context = model.config.max_context
@@ -66,9 +69,11 @@ class ModelRunner:
         import torch
 
         from mimo_local.model import Segment
+        from mimo_local.prefill import How
 
         segment = Segment(torch.tensor(ids, dtype=torch.int64), self.cache)
-        self.model.logits(self.model.prefill(segment))
+        how = How(whole=self.whole)
+        self.model.logits(self.model.prefill(segment, how=how))
 
     def step(self, token: int) -> None:
         """One decode step."""

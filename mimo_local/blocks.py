@@ -15,18 +15,23 @@ import torch
 from mimo_local import kernels
 from mimo_local.cache import KVCache
 from mimo_local.config import LayerSpec, ModelConfig
-from mimo_local.experts.store import ExpertStore
+from mimo_local.experts.store import Store
 from mimo_local.weights import QuantLinear
 
 KV_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 """Dtypes of a cache the library reads -> `mimo_heads.kv_bf16`."""
 
 
-def sequences_of(caches: list[KVCache], counts: list[int]) -> ctypes.Array[kernels.Sequence]:
-    """What every layer of a step shares: where each cache stands and how many rows it gets."""
+def sequences_of(
+    caches: list[KVCache], counts: list[int], at: int = 0
+) -> ctypes.Array[kernels.Sequence]:
+    """What every layer of a step shares: where each cache stands and how many rows it gets.
+
+    `at` rows came before in the same step and are not committed.
+    """
     sequences = (kernels.Sequence * len(caches))()
     for sequence, cache, n in zip(sequences, caches, counts, strict=True):
-        sequence.start, sequence.T = cache.length, n
+        sequence.start, sequence.T = cache.length + at, n
     return sequences
 
 
@@ -73,7 +78,7 @@ class NativeAttention:
         """
         layer, block = self._layer, self._block[caches[0].dtype]
         for cache, sequence in zip(caches, sequences, strict=True):
-            view = cache.room(layer, sequence.T)
+            view = cache.room(layer, sequence.T, at=sequence.start - cache.length)
             sequence.k, sequence.v = view.k.data_ptr(), view.v.data_ptr()
             sequence.first = view.first_position
         self._native.call(
@@ -159,7 +164,7 @@ class SplitMixture:
     def __init__(
         self,
         layer: int,
-        store: ExpertStore,
+        store: Store,
         routing: NativeRouting,
         following: tuple[int, NativeRouting] | None,
     ) -> None:

@@ -29,8 +29,8 @@ from mimo_local.blocks import (
 from mimo_local.cache import KVCache
 from mimo_local.config import Attention as Kind
 from mimo_local.config import LayerSpec, ModelConfig
-from mimo_local.experts.store import ExpertStore
-from mimo_local.weights import Weights, stack
+from mimo_local.experts.store import Store
+from mimo_local.weights import QuantLinear, Weights, stack
 
 Trace: TypeAlias = Callable[[str, torch.Tensor], None]
 
@@ -45,6 +45,8 @@ class Step:
     """cos and sin (T, 1, r) by kind of attention."""
     sequences: ctypes.Array[kernels.Sequence] | None
     """The caches as the native library sees them; None where it cannot be used."""
+    at: int = 0
+    """Rows of each cache that came before these and are not committed."""
 
     @classmethod
     def of(
@@ -53,15 +55,17 @@ class Step:
         counts: list[int],
         ropes: dict[Kind, ops.RopeTable],
         device: torch.device,
+        at: int = 0,
     ) -> Step:
         """The next `counts` rows of these caches."""
-        spans = [(cache.length, n) for cache, n in zip(caches, counts, strict=True)]
+        spans = [(cache.length + at, n) for cache, n in zip(caches, counts, strict=True)]
         rope = {kind: table.rows(spans) for kind, table in ropes.items()}
         # The library serves this machine's memory and one dtype of keys and values.
         native = kernels.get() is not None and device.type == "cpu"
         native = native and len({cache.dtype for cache in caches}) == 1
         native = native and caches[0].dtype in KV_DTYPES
-        return cls(caches, counts, rope, sequences_of(caches, counts) if native else None)
+        sequences = sequences_of(caches, counts, at) if native else None
+        return cls(caches, counts, rope, sequences, at)
 
 
 class Attention:
@@ -87,17 +91,33 @@ class Attention:
         if self.value_scale != 1.0:
             v.mul_(self.value_scale)
         if len(step.caches) == 1:
-            return self.out(self._attend(step.caches[0], q, k, v))
+            return self.out(self._attend(step.at, step.caches[0], q, k, v))
         pieces = zip(step.caches, *(torch.split(y, step.counts) for y in (q, k, v)), strict=True)
-        return self.out(torch.cat([self._attend(*piece) for piece in pieces]))
+        return self.out(torch.cat([self._attend(step.at, *piece) for piece in pieces]))
+
+    def remember(self, x: torch.Tensor, step: Step) -> None:
+        """x (T, D) normed, of one sequence: its keys and values into the cache, nothing more."""
+        spec, n = self.spec, x.shape[0]
+        joint = self.kv(x)
+        k = joint[:, : spec.kv_heads * spec.head_dim].view(n, -1, spec.head_dim)
+        ops.rotate_(k, *step.rope[spec.attention])
+        v = joint[:, spec.kv_heads * spec.head_dim :].view(n, -1, spec.v_head_dim)
+        if self.value_scale != 1.0:
+            v.mul_(self.value_scale)
+        step.caches[0].append(spec.index, k, v, at=step.at)
+
+    @cached_property
+    def kv(self) -> QuantLinear:
+        """The rows of `qkv` that make keys and values."""
+        return self.qkv.below(self.spec.heads * self.spec.head_dim)
 
     def _attend(
-        self, cache: KVCache, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+        self, at: int, cache: KVCache, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> torch.Tensor:
-        view = cache.append(self.spec.index, k, v)
+        view = cache.append(self.spec.index, k, v, at=at)
         return ops.attention(
             q, view.k, view.v,
-            start=cache.length, first=view.first_position,
+            start=cache.length + at, first=view.first_position,
             window=self.spec.window, sink=self.sink,
         )  # fmt: skip
 
@@ -120,7 +140,7 @@ class MoE:
     """A router and the experts it chooses from."""
 
     def __init__(
-        self, weights: Weights, spec: LayerSpec, config: ModelConfig, experts: ExpertStore
+        self, weights: Weights, spec: LayerSpec, config: ModelConfig, experts: Store
     ) -> None:
         prefix = f"model.layers.{spec.index}.mlp.gate."
         self.layer, self.config, self.experts = spec.index, config, experts
@@ -137,7 +157,7 @@ class Layer:
     """Attention, then MLP or experts, each on the normed residual stream and added to it."""
 
     def __init__(
-        self, weights: Weights, spec: LayerSpec, config: ModelConfig, experts: ExpertStore
+        self, weights: Weights, spec: LayerSpec, config: ModelConfig, experts: Store
     ) -> None:
         prefix = f"model.layers.{spec.index}."
         self.name = f"layers.{spec.index}"
@@ -153,19 +173,62 @@ class Layer:
 
     def __call__(self, x: torch.Tensor, step: Step, trace: Trace | None) -> torch.Tensor:
         """x (T, D) -> (T, D), in place."""
-        if step.sequences is not None and trace is None:
-            self._native_attention(x, step.caches, step.sequences, self._rope(step), None)
-            self._mix(x, None)
+        if trace is None:
+            self.attend(x, step)
+            self.mix(x, step)
             return x
         attended = self._attended(x, step)
         x.add_(attended)
         mixed = self._mixed(x, step)
         x.add_(mixed)
-        if trace is not None:
-            trace(f"{self.name}.attention", attended)
-            trace(f"{self.name}.mlp", mixed)
-            trace(self.name, x.clone())
+        trace(f"{self.name}.attention", attended)
+        trace(f"{self.name}.mlp", mixed)
+        trace(self.name, x.clone())
         return x
+
+    # The parts of a call, for who has many rows and takes a layer apart.
+
+    def attend(self, x: torch.Tensor, step: Step) -> None:
+        """x (T, D) += attention, in place."""
+        if step.sequences is None:
+            x.add_(self._attended(x, step))
+        else:
+            self._native_attention(x, step.caches, step.sequences, self._rope(step), None)
+
+    def mix(self, x: torch.Tensor, step: Step) -> None:
+        """x (T, D) += MLP or experts, in place."""
+        if step.sequences is None:
+            x.add_(self._mixed(x, step))
+        else:
+            self._native_mix(x, None)
+
+    def route(
+        self,
+        x: torch.Tensor,
+        step: Step,
+        normed: torch.Tensor,
+        ids: torch.Tensor,
+        w: torch.Tensor,
+    ) -> None:
+        """x (T, D) -> normed (T, D), ids (T, K) int32, w (T, K) f32: what the experts get."""
+        if step.sequences is not None:
+            self.native_routing.into(x, normed, ids, w)
+            return
+        part = self.moe
+        normed.copy_(ops.rms_norm(x, self.post_norm, self.config.rms_eps))
+        chosen, weights = ops.route(normed, part.router, part.bias, part.config)
+        ids.copy_(chosen)
+        w.copy_(weights)
+
+    def remember(self, x: torch.Tensor, step: Step) -> None:
+        """x (T, D) of one sequence: keys and values into the cache; x stays."""
+        self.attention.remember(ops.rms_norm(x, self.input_norm, self.config.rms_eps), step)
+
+    @property
+    def moe(self) -> MoE:
+        """The router and experts of a layer that has them."""
+        assert isinstance(self.mlp, MoE)
+        return self.mlp
 
     def _rope(self, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
         return step.rope[self.attention.spec.attention]
@@ -181,10 +244,10 @@ class Layer:
         if step.sequences is None:
             return self.mlp(ops.rms_norm(x, self.post_norm, self.config.rms_eps))
         delta = torch.empty_like(x)
-        self._mix(x, delta)
+        self._native_mix(x, delta)
         return delta
 
-    def _mix(self, x: torch.Tensor, delta: torch.Tensor | None) -> None:
+    def _native_mix(self, x: torch.Tensor, delta: torch.Tensor | None) -> None:
         part = self.mlp
         if isinstance(part, MLP) or part.experts.resident(part.layer):
             self._native_mlp(x, delta)
@@ -217,19 +280,14 @@ class Layer:
 
     @cached_property
     def _split_mlp(self) -> SplitMixture:
-        part, following = self._moe, self.following
-        guess = None if following is None else (following._moe.layer, following.native_routing)
+        part, following = self.moe, self.following
+        guess = None if following is None else (following.moe.layer, following.native_routing)
         return SplitMixture(part.layer, part.experts, self.native_routing, guess)
 
     @cached_property
     def native_routing(self) -> NativeRouting:
         """Norm and router of a layer with experts."""
-        part = self._moe
+        part = self.moe
         return NativeRouting(
             kernels.loaded(), part.config, norm=self.post_norm, router=(part.router, part.bias)
         )
-
-    @property
-    def _moe(self) -> MoE:
-        assert isinstance(self.mlp, MoE)
-        return self.mlp

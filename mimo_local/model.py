@@ -8,21 +8,19 @@ in. Knows ids and tensors, no text and no sampling. Called by `generate` and `en
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import torch
 
-from mimo_local import ops
+from mimo_local import ops, prefill
 from mimo_local.cache import KVCache
 from mimo_local.errors import CancelledError, ContextOverflowError, UsageError
 from mimo_local.events import Progress
-from mimo_local.experts.store import ExpertStore
+from mimo_local.experts.store import Store
 from mimo_local.layers import Layer, MoE, Step, Trace
+from mimo_local.prefill import Cancel
 from mimo_local.weights import OnProgress, QuantLinear, Weights
-
-Cancel: TypeAlias = Callable[[], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +41,11 @@ class Model:
     """The main model, MTP layers left out."""
 
     def __init__(
-        self, weights: Weights, experts: ExpertStore, *, on_progress: OnProgress | None = None
+        self, weights: Weights, experts: Store, *, on_progress: OnProgress | None = None
     ) -> None:
         """Read everything but the experts; their store is already loaded."""
         config = self.config = weights.config
+        self.experts = experts
         self.embedding = weights.embedding("model.embed_tokens.weight")
         self.layers: list[Layer] = []
         for spec in config.layers:
@@ -138,17 +137,28 @@ class Model:
         segment: Segment,
         *,
         chunk: int = 512,
+        layer_major_from: int = prefill.LEAST_ROWS,
+        how: prefill.How | None = None,
         on_progress: OnProgress | None = None,
         cancel: Cancel | None = None,
     ) -> torch.Tensor:
-        """Process a long prompt in chunks -> hidden (1, D) of its last row.
+        """Process a prompt -> hidden (1, D) of its last row.
 
-        Asks `cancel` before every layer and raises CancelledError when it says so; the cache then
-        holds the chunks finished before.
+        From `layer_major_from` rows on, if there are experts, layer by layer (`prefill.Reader`):
+        `cancel` is asked between experts, and a prompt that is stopped or fails leaves the cache as
+        it was. Else in chunks, `cancel` asked before every layer, the cache keeping the chunks
+        finished before. Raises CancelledError, UsageError, ContextOverflowError, DiskSpaceError.
         """
         ids, total = segment.ids, segment.ids.shape[0]
-        end = segment.positions.stop
-        if end > self.config.max_context:
+        if total >= layer_major_from and self.config.is_moe:
+            self._check([segment])
+            how = how or prefill.How(chunk)
+            reader = prefill.Reader(
+                self.layers, self.embedding, self.ropes, segment.cache, how,
+                on_progress=on_progress, cancel=cancel,
+            )  # fmt: skip
+            return ops.rms_norm(reader.read(ids), self.norm, self.config.rms_eps)
+        if segment.positions.stop > self.config.max_context:
             self._check([segment])
         hidden = None
         for start in range(0, max(total, 1), chunk):

@@ -33,7 +33,7 @@ class Slice:
         self.weights, self.model, self.store = weights, model, store
         self.config = weights.config
         self.runner = ModelRunner(
-            model, lambda: model.new_cache(dtype=torch.bfloat16, slack=most_rows)
+            model, lambda: model.new_cache(dtype=torch.bfloat16, slack=most_rows), whole=True
         )
         self._random = random.Random(SEED)
 

@@ -436,12 +436,13 @@ def test_which_store_a_model_gets(
     opened = weights(pack)
     assert isinstance(open_store(opened), ExpertStore)
     few = 12 * opened.pack.expert_layout(1).stride
-    found = open_store(opened, budget=few)
+    rest = opened.nbytes - opened.expert_nbytes
+    found = open_store(opened, ram=few + rest + 1000, spare=1000)
     assert isinstance(found, TieredStore)
     assert found.ram.capacity == 12 - RING
     folder = tiny.write(tmp_path / "m", CONFIG)
     with pytest.raises(NotEnoughMemoryError, match="checkpoint") as caught:
-        open_store(open_weights(folder), budget=few)
+        open_store(open_weights(folder), ram=few)
     assert "quantize" in caught.value.hint
     monkeypatch.setattr("mimo_local.experts.opening.available_memory", lambda: 1000)
     with pytest.raises(NotEnoughMemoryError, match="before the first expert"):

@@ -27,6 +27,8 @@ class Meters:
     wait_s: float = 0.0
     """Seconds a step waited for the disk with nothing else to do."""
     evictions: int = 0
+    uploads: int = 0
+    """Experts copied to VRAM."""
 
     def copy(self) -> Meters:
         """The counters as they are now."""

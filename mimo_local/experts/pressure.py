@@ -16,8 +16,6 @@ from mimo_local.sizes import gb
 
 INTERVAL: Final = 0.5
 """Seconds between two looks: one costs some 0.2 ms of reading small files."""
-RESERVE: Final = 1 << 30
-"""Bytes left alone unless told otherwise."""
 CALM: Final = 10.0
 """Seconds without pressure before the tier grows again."""
 
@@ -36,7 +34,8 @@ class Pressure:
     ) -> None:
         """`budget`: what it is without pressure; `free`: bytes available, replaced in tests."""
         self.slot_bytes, self.budget = slot_bytes, budget
-        self.reserve = RESERVE if reserve is None else reserve
+        # Half of what was left free at first: what the system takes of it is no pressure yet.
+        self.reserve = memory.reserve() // 2 if reserve is None else reserve
         self.current = budget
         self.notes: list[str] = []
         self._free = free or memory.available_memory

@@ -99,7 +99,9 @@ class RamTier:
 
     def borrow(self) -> int:
         """A ring slot to read into."""
-        return self._ring.pop()
+        slot = self._ring.pop()
+        self.arena.populate(slot)
+        return slot
 
     def give_back(self, slot: int) -> None:
         """A borrowed slot whose content nobody needs any more."""

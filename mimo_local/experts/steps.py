@@ -11,7 +11,7 @@ import ctypes
 import time
 from collections.abc import Callable, Collection, Iterable
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,13 +19,14 @@ from mimo_local import kernels
 from mimo_local.errors import CancelledError
 from mimo_local.experts.disk import Read
 from mimo_local.experts.policy import Key
-from mimo_local.experts.store import apply
+from mimo_local.experts.store import BATCH_PAIRS, apply
 
 if TYPE_CHECKING:
     from mimo_local.experts.tiered import TieredStore
+    from mimo_local.experts.vram import Pending
 
-BATCH_PAIRS: Final = 512
-"""(row, expert) pairs of a sweep that go to the kernels in one call, if they are there."""
+ON_DEVICE: Final = -1
+"""In place of a slot: the expert lies in VRAM alone."""
 
 
 class _Work:
@@ -92,6 +93,7 @@ class Few(_Work):
         self.rows = self.x.repeat_interleave(k, 0)
         self.parts = torch.zeros(t * k, self.x.shape[1])
         busy = {(self.layer, e) for e in self.pairs}
+        on_device = self._on_device()
         hits, missing = self._sort_out()
         try:
             self.begin_reads(missing)
@@ -109,13 +111,39 @@ class Few(_Work):
                 self.begin_reads(missing)
         finally:
             self.abandon()
+        if on_device is not None:
+            on_device.collect(self.parts)
+        self._promote(busy)
         return self._combined()
+
+    def _on_device(self) -> Pending | None:
+        """Start what the device has; the rest is left in `pairs`' order for the other tiers."""
+        vram, self.elsewhere = self.store.vram, list(self.pairs)
+        if vram is None:
+            return None
+        mine = [e for e in self.pairs if vram.touch((self.layer, e))]
+        self.store.meters.vram_hits += len(mine)
+        if not mine:
+            return None
+        self.elsewhere = [e for e in self.pairs if e not in mine]
+        return vram.launch(self.layer, self.rows, {e: self.pairs[e] for e in mine})
+
+    def _promote(self, busy: Collection[Key]) -> None:
+        """Experts that were wanted often enough and lie in RAM now are copied to the device."""
+        vram, ram = self.store.vram, self.store.ram
+        if vram is None:
+            return
+        for e in self.elsewhere:
+            key = (self.layer, e)
+            slot = ram.slot(key)
+            if slot is not None and vram.consider(key, ram.expert(self.layer, slot), list(busy)):
+                self.store.meters.uploads += 1
 
     def _sort_out(self) -> tuple[list[tuple[int, int]], list[Key]]:
         """([(expert, slot)] at hand, keys to read); guesses that came true are waited for."""
         store, meters = self.store, self.store.meters
         hits, missing = [], []
-        for e in sorted(self.pairs):
+        for e in sorted(self.elsewhere):
             key = (self.layer, e)
             slot = store.ram.touch(key)
             if slot is not None:
@@ -214,6 +242,9 @@ class InOrder(_Work):
         store, meters, missing = self.store, self.store.meters, list[Key]()
         for e in self.order:
             key = (self.layer, e)
+            if self._in_vram(e):
+                meters.vram_hits += self.keep
+                continue
             held = store.ram.touch(key) if self.keep else store.ram.slot(key)
             if held is not None:
                 meters.ram_hits += self.keep
@@ -225,6 +256,11 @@ class InOrder(_Work):
                 missing.append(key)
                 meters.misses += self.keep
         return missing
+
+    def _in_vram(self, e: int) -> bool:
+        """Whether only the device has it: what lies in RAM too is computed as everywhere."""
+        vram, key = self.store.vram, (self.layer, e)
+        return vram is not None and key in vram and key not in self.store.ram
 
     def _slot(self, e: int, *, block: bool) -> int | None:
         """Where the expert lies; None if it has not landed and we may not wait."""
@@ -240,6 +276,8 @@ class InOrder(_Work):
         """The next experts that are at hand, at least one, and the slots they lie in."""
         batch, pairs = list[tuple[int, int]](), 0
         for e in self.order[done:]:
+            if self._in_vram(e):
+                return batch or [(e, ON_DEVICE)]
             if batch and pairs + self.counts[e] > BATCH_PAIRS:
                 break
             slot = self._slot(e, block=not batch)
@@ -251,6 +289,10 @@ class InOrder(_Work):
 
     def _compute(self, batch: list[tuple[int, int]]) -> None:
         """Add these experts' share to `out`."""
+        if batch[0][1] == ON_DEVICE:
+            rows, column = (self.ids == batch[0][0]).nonzero(as_tuple=True)
+            self._add_from_device(batch[0][0], rows, self.w[rows, column, None])
+            return
         if self.native is None:
             for e, slot in batch:
                 rows, column = (self.ids == e).nonzero(as_tuple=True)
@@ -266,6 +308,13 @@ class InOrder(_Work):
             "moe", mlps, len(mlps), self.x.data_ptr(), d, t, chosen.data_ptr(),
             self.w.data_ptr(), chosen.shape[1], self.out.data_ptr(), d, 1,
         )  # fmt: skip
+
+    def _add_from_device(self, e: int, rows: torch.Tensor, w: torch.Tensor) -> None:
+        assert self.store.vram is not None
+        y = torch.zeros((len(rows), self.x.shape[1]))
+        chosen = self.x[rows]
+        self.store.vram.launch(self.layer, chosen, {e: range(len(rows))}).collect(y)
+        self.out.index_add_(0, rows, y.mul_(w))
 
     def _used(self, e: int, later: Collection[int]) -> None:
         """A read expert has been computed: it stays if it may, else its slot is free."""

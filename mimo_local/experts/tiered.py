@@ -8,13 +8,15 @@ reads and rows; which expert stays is `policy`'s to say. Built by `opening`, cal
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Final, Literal
+from typing import Final
 
 import torch
 
+from mimo_local import kernels
 from mimo_local.experts.disk import DiskTier, Read
 from mimo_local.experts.meters import Meters
 from mimo_local.experts.policy import ExpertPolicy, Key, Lru
@@ -23,6 +25,8 @@ from mimo_local.experts.pressure import Pressure
 from mimo_local.experts.ram import RamTier
 from mimo_local.experts.steps import Few, InOrder
 from mimo_local.experts.store import Watcher
+from mimo_local.experts.vram import VramTier
+from mimo_local.settings import Prefetch
 from mimo_local.weights import PackWeights
 
 FEW_ROWS: Final = 8
@@ -31,8 +35,6 @@ KEEP_ROWS: Final = 64
 """Longer steps are prompts: what they read is not kept, or it would push out what answers need."""
 AHEAD: Final = 4
 """Experts of the next layer that are read on a guess; more guesses are more often wrong."""
-
-Prefetch = Literal["auto", "on", "off"]
 
 
 class TieredStore:
@@ -47,6 +49,7 @@ class TieredStore:
         prefetch: Prefetch = "auto",
         reserve: int | None = None,
         disk: DiskTier | None = None,
+        vram: VramTier | None = None,
     ) -> None:
         """`budget`: bytes of RAM for experts; `reserve`: bytes of the machine's left alone.
 
@@ -61,6 +64,7 @@ class TieredStore:
         # Twice a token's experts: this layer's misses and guesses for the next one.
         self.ram = RamTier(layouts, budget, ring=2 * self.chosen, policy=policy)
         self.pressure = Pressure(self.ram.slot_bytes, budget, reserve)
+        self.vram = vram
         self.trial = Trial()
         self._prefetch: Prefetch = prefetch
         self._first = layers[0]
@@ -74,7 +78,8 @@ class TieredStore:
     @property
     def nbytes(self) -> dict[str, int]:
         """Bytes held, by tier."""
-        return {"ram": self.ram.nbytes, "disk": self.disk.nbytes}
+        held = {"ram": self.ram.nbytes, "disk": self.disk.nbytes}
+        return held if self.vram is None else {"vram": self.vram.nbytes, **held}
 
     @property
     def notes(self) -> list[str]:
@@ -85,6 +90,10 @@ class TieredStore:
         """Never: where an expert lies changes from step to step."""
         return False
 
+    def mlps(self, layer: int) -> tuple[ctypes.Array[kernels.Mlp], object]:
+        """Not for layers that are not resident."""
+        raise ValueError(f"the experts of layer {layer} do not all lie in RAM")
+
     def watch(self, watcher: Watcher | None) -> None:
         """Tell `watcher(layer, ids (T, K) int32)` about every step's choices; None: nobody."""
         self._watcher = watcher
@@ -92,8 +101,8 @@ class TieredStore:
     def run(self, layer: int, x: torch.Tensor, ids: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         """x (T, D) f32, ids (T, K) int, w (T, K) f32 -> (T, D) f32: sum over K of w * expert(x).
 
-        The same bits as `ExpertStore.run`. PackError if an expert cannot be read: nothing was
-        computed from it, and the store goes on working.
+        The same bits as `ExpertStore.run`, experts in VRAM excepted. PackError if an expert cannot
+        be read: nothing was computed from it, and the store goes on working.
         """
         start = time.perf_counter()
         if self._watcher is not None:
@@ -193,6 +202,8 @@ class TieredStore:
 
     def _begin_step(self) -> None:
         self.ram.policy.end_of_step()
+        if self.vram is not None:
+            self.vram.end_of_step()
         if self._step_s and self._prefetch == "auto":
             self.trial.observe(self._step_s)
         self._step_s = 0.0
