@@ -147,7 +147,7 @@ def text(found: dict[str, Any]) -> str:
 
 
 def _rate(result: dict[str, Any]) -> str:
-    return f"{100 * result['steady_rate']:.1f} ({100 * result['hit_rate']:.1f})"
+    return f"{100 * result['steady_rate']:.1f} ({100 * result['hit_rate']:.0f})"
 
 
 def _covered(result: dict[str, Any]) -> str:

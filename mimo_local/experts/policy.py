@@ -257,6 +257,9 @@ class PinnedLru(ExpertPolicy):
             self._rest._take(key)
 
 
+_Score: TypeAlias = tuple[float, int, Key]
+"""Aged count, time of the last touch, and whose they are: in order of eviction."""
+
 _LARGEST: Final = 1e100
 """Weight of a touch at which all scores are scaled down: floats end at 1e308."""
 
@@ -282,21 +285,23 @@ class AgedFrequency(ExpertPolicy):
         self.margin, self.per_layer = margin, per_layer
         # Instead of every score shrinking with time, a touch weighs more: one number changes.
         self._weight, self._growth = 1.0, 2.0 ** (1.0 / half_life)
-        self._scores: dict[Key, tuple[float, int]] = {}  # aged count, time of the last touch
+        self._scores: dict[Key, _Score] = {}
         self._clock = 0
         self._held: set[Key] = set()
-        self._heap: list[tuple[tuple[float, int], Key]] = []
+        self._heap: list[_Score] = []
         self._admitted: Counter[int] = Counter()
 
     def touch(self, key: Key) -> bool:
         """Count that `key` is wanted now, held or not; whether it is held."""
         self._clock += 1
-        self._scores[key] = self._scores.get(key, (0.0, 0))[0] + self._weight, self._clock
+        before = self._scores.get(key)
+        count = self._weight if before is None else before[0] + self._weight
+        self._scores[key] = (count, self._clock, key)
         return key in self._held
 
     def score(self, key: Key) -> float:
         """How often `key` was wanted, a touch of this step counting 1."""
-        return self._scores.get(key, (0.0, 0))[0] / self._weight
+        return self._scores[key][0] / self._weight if key in self._scores else 0.0
 
     def admits(self, key: Key, busy: Container[Key] = ()) -> bool:
         """Whether `key` beats the first victim by the margin and its layer may upload once more."""
@@ -316,7 +321,7 @@ class AgedFrequency(ExpertPolicy):
         self._admitted.clear()
         self._weight *= self._growth
         if self._weight > _LARGEST:
-            self._scores = {k: (s / self._weight, t) for k, (s, t) in self._scores.items()}
+            self._scores = {k: (s / self._weight, t, k) for k, (s, t, _) in self._scores.items()}
             self._weight = 1.0
             self._rebuild()
 
@@ -327,17 +332,18 @@ class AgedFrequency(ExpertPolicy):
         return key in self._held
 
     def __iter__(self) -> Iterator[Key]:
-        return iter(sorted(self._held, key=lambda key: (self._scores[key], key)))
+        return iter(sorted(self._held, key=self._scores.__getitem__))
 
     def _victim(self, key: Key, busy: Container[Key]) -> Key | None:
         """Smallest score first. An entry may lag behind its key's score, which only grows."""
         heap, put_back, found = self._heap, [], None
         while heap:
-            seen, held = heap[0]
+            entry = heap[0]
+            held = entry[2]
             if held not in self._held:
                 heapq.heappop(heap)
-            elif seen != (score := self._scores[held]):
-                heapq.heapreplace(heap, (score, held))
+            elif entry is not (score := self._scores[held]):
+                heapq.heapreplace(heap, score)
             elif held in busy:
                 put_back.append(heapq.heappop(heap))
             else:
@@ -350,11 +356,10 @@ class AgedFrequency(ExpertPolicy):
     def _take(self, key: Key) -> None:
         self._admitted[key[0]] += 1
         self._held.add(key)
-        score = self._scores.setdefault(key, (0.0, 0))
-        heapq.heappush(self._heap, (score, key))
+        heapq.heappush(self._heap, self._scores.setdefault(key, (0.0, 0, key)))
         if len(self._heap) > 2 * len(self._held) + 64:  # removed and inserted again, many times
             self._rebuild()
 
     def _rebuild(self) -> None:
-        self._heap = [(self._scores[key], key) for key in self._held]
+        self._heap = [self._scores[key] for key in self._held]
         heapq.heapify(self._heap)
