@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from mimo_local.errors import CancelledError, UsageError
 from mimo_local.events import Progress
+from mimo_local.experts.meters import Meters
 
 if TYPE_CHECKING:
     from mimo_local.cache import KVCache
@@ -45,6 +46,9 @@ class Runner(Protocol):
 
     def threads(self) -> int:
         """CPU threads in use."""
+
+    def meters(self) -> Meters | None:
+        """What the experts' tiers have counted so far; None where all experts lie in RAM."""
 
 
 class ModelRunner:
@@ -95,6 +99,11 @@ class ModelRunner:
         if native is not None:
             native.set_threads(n)
 
+    def meters(self) -> Meters | None:
+        """What the experts' tiers have counted so far; None where all experts lie in RAM."""
+        store = self.model.experts
+        return store.meters.copy() if "disk" in store.nbytes else None
+
     def threads(self) -> int:
         """Threads of the kernels, or torch's without them."""
         import torch
@@ -128,6 +137,8 @@ class Result:
     test: Test
     threads: int
     samples: tuple[float, ...]
+    experts: Meters | None = None
+    """What the tiers did in the counted runs; None where all experts lie in RAM."""
 
     @property
     def mean(self) -> float:
@@ -150,7 +161,15 @@ class Result:
             "tokens_per_s": self.mean,
             "sd": self.sd,
             "samples": list(self.samples),
+            "experts": None if self.experts is None else asdict(self.experts),
         }
+
+    @property
+    def disk_bytes_per_token(self) -> float:
+        """Bytes of experts read from disk per token of the counted runs."""
+        if self.experts is None:
+            return 0.0
+        return self.experts.disk_bytes / (self.test.tokens * len(self.samples))
 
 
 def plan_tests(
@@ -197,7 +216,7 @@ def run(
         if count is not None:
             runner.set_threads(count)
         for test in tests:
-            samples = []
+            samples, before = [], None
             for rep in range(reps + 1):
                 if cancel is not None and cancel():
                     raise CancelledError("the benchmark was stopped", hint="use fewer --reps")
@@ -205,9 +224,13 @@ def run(
                 done += 1
                 if rep:
                     samples.append(rate)
+                else:
+                    before = runner.meters()
                 if on_progress is not None:
                     on_progress(Progress(f"measuring {test.name}", done, total, "runs"))
-            results.append(Result(test, runner.threads(), tuple(samples)))
+            after = runner.meters()
+            used = None if before is None or after is None else after.since(before)
+            results.append(Result(test, runner.threads(), tuple(samples), used))
     return results
 
 

@@ -11,7 +11,7 @@ import ctypes
 import time
 from collections.abc import Callable, Collection, Iterable
 from queue import SimpleQueue
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import torch
 
