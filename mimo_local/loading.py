@@ -74,6 +74,8 @@ def load(settings: Settings, on_event: Callable[[Progress], None] | None = None)
         ram=settings.ram,
         spare=spare(weights.config, settings.context, dtype) if made is None else made.spare_bytes,
         prefetch=settings.prefetch,
+        vram=0 if made is None else made.expert_vram_bytes,
+        device="cuda",
         on_progress=on_event,
     )
     hidden = None if made is None else made.hidden_budget_bytes
@@ -105,10 +107,15 @@ def make_plan(path: Path, weights: PackWeights, settings: Settings, dtype: torch
     return plan(
         weights.config,
         PackSizes.of_pack(weights.pack.manifest),
-        here.free_now(facts, known, limit=settings.ram),
+        here.free_now(facts, known, limit=settings.ram, vram=vram(settings.vram)),
         context=None if wish is None else min(wish, most),
         kv_itemsize=dtype.itemsize,
     )
+
+
+def vram(wish: int | None) -> int | None:
+    """Most bytes of a GPU's memory to use: 0 where torch can use none; None: what is free."""
+    return wish if torch.cuda.is_available() else 0
 
 
 def new_recorder(path: Path, config: ModelConfig, made: Plan, experts: Store) -> Recorder:

@@ -19,7 +19,6 @@ from quant.recipe import FORMAT_NAMES, Recipe
 GB = 1_000_000_000
 SCALE_GROWTH = 18 / 17  # a 4-bit expert in VRAM: 64 weights are 32 bytes and a float32, not float16
 ALIGN = 4096  # an expert starts on a page, so that one direct read brings it
-HUGE_PAGE = 2 << 20
 CHUNK = 512  # rows of one prefill step: what the activations are sized for
 HIDDEN_BUFFERS = 3  # residual stream, normed rows, a layer's output
 
@@ -187,9 +186,8 @@ class PackSizes:
 
     @property
     def ram_slot(self) -> int:
-        """Bytes one expert takes in a RAM tier that evicts: whole huge pages from 8 MB on."""
-        unit = HUGE_PAGE if self.expert >= 4 * HUGE_PAGE else ALIGN
-        return -(-self.expert // unit) * unit
+        """Bytes of the RAM tier that one expert takes: whole pages (`experts.arena`)."""
+        return -(-self.expert // ALIGN) * ALIGN
 
     @property
     def total(self) -> int:

@@ -85,7 +85,7 @@ def source(given: str) -> tuple[str, str]:
 def load(settings: Settings) -> tuple[Loaded, int]:
     """(parts of an engine, bytes of an expert) of the chosen model: the seam the tests replace."""
     chosen = models.choose(settings)
-    from mimo_local.cli.machine import subject
+    from mimo_local.cli.plan import subject
     from mimo_local.loading import load as load_parts
 
     status = Status()

@@ -44,13 +44,14 @@ def free_now(
     calibration: Calibration | None = None,
     *,
     limit: int | None = None,
-    gpu: bool = False,
+    vram: int | None = 0,
 ) -> Budget:
     """What a model that is loaded now may take: the memory that is free, less a reserve.
 
-    The pack is there already. `limit`: most bytes of RAM for the model; `gpu`: whoever loads can
-    keep experts in VRAM.
+    The pack is there already. `limit`: most bytes of RAM for the model; `vram`: of the GPU's
+    memory, None: what is free of it.
     """
+    free = max((device.vram_free for device in facts.gpus), default=0)
     reserve = min(RAM_RESERVE, facts.ram_total // RAM_SHARE)  # as `experts.memory.reserve`
     ram = facts.ram_available
     if limit is not None:
@@ -58,7 +59,7 @@ def free_now(
     return Budget(
         ram=ram,
         disk=facts.disk.free,
-        vram=max((device.vram_free for device in facts.gpus), default=0) if gpu else 0,
+        vram=free if vram is None else min(vram, free),
         cores=min(facts.cores_physical, facts.cores_usable),
         core_flops=CORE_FLOPS.get(facts.kernels, SLOW_FLOPS),
         pack_present=True,
