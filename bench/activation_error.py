@@ -32,7 +32,8 @@ from demo_quality import TEXT, with_kernels  # noqa: E402
 from mimo_local import kernels  # noqa: E402
 from mimo_local.demo import demo_pack  # noqa: E402
 from mimo_local.experts.store import ExpertStore  # noqa: E402
-from mimo_local.model import MLP, Model, Segment  # noqa: E402
+from mimo_local.layers import MLP  # noqa: E402
+from mimo_local.model import Model, Segment  # noqa: E402
 from mimo_local.tokenizer import Tokenizer  # noqa: E402
 from mimo_local.weights import QuantLinear, open_weights  # noqa: E402
 from quant.formats import FORMATS, Parts  # noqa: E402
