@@ -1,6 +1,6 @@
 """Records which experts a model chooses while it reads texts and writes answers.
 
-Listens to the expert store (`ExpertStore.watch`); with guesses it also asks, after each mixture
+Listens to the expert store (`Store.watch`); with guesses it also asks, after each mixture
 layer's attention, the next one's router. Ids in, a trace file out: knows no text. Called by
 `mimo trace`.
 """
@@ -19,7 +19,7 @@ from mimo_local import ops
 from mimo_local.cache import KVCache
 from mimo_local.cache_file import fingerprint
 from mimo_local.errors import UsageError
-from mimo_local.experts.store import ExpertStore
+from mimo_local.experts.store import Store
 from mimo_local.layers import MoE
 from mimo_local.model import Model, Segment
 from mimo_local.routing_trace import Facts, TraceWriter
@@ -45,7 +45,7 @@ def facts_of(model: Model, name: str, expert_nbytes: int, *, guesses: bool = Fal
     )
 
 
-def store_of(model: Model) -> ExpertStore:
+def store_of(model: Model) -> Store:
     """The store all mixture layers share."""
     for layer in model.layers:
         if isinstance(layer.mlp, MoE):
