@@ -47,7 +47,7 @@ POLICIES: Final[dict[str, Make]] = {
     "lfru-64": lambda capacity, _: AgedFrequency(capacity, half_life=64),
     "layer-lru": partial(_per_layer, make=Lru),
     "layer-lfru-8": partial(_per_layer, make=partial(AgedFrequency, half_life=8)),
-    "layer-lfru-16": partial(_per_layer, make=partial(AgedFrequency, half_life=16)),
+    "layer-lfru-8-all": partial(_per_layer, make=partial(AgedFrequency, half_life=8, margin=0)),
     "lfru-slow": lambda capacity, _: AgedFrequency(
         capacity, half_life=32, margin=1.25, per_layer=1
     ),
@@ -55,8 +55,10 @@ POLICIES: Final[dict[str, Make]] = {
     "pinned-all": partial(_pinned, share=1.0),
     "belady": lambda capacity, replay: Belady(capacity, replay.future()),
 }
-"""What can be compared. `lfru-N`: half-life of N steps; `lfru-slow`: one upload per layer and step,
-for what beats its victim by a quarter; pins: the hottest of the trace's first half."""
+"""What can be compared. `lfru-N`: half-life of N steps, taking in what was wanted more often than
+its victim; `-all`: taking in whatever was wanted; `layer-`: quotas per layer; `lfru-slow`: one
+upload per layer and step, for what beats its victim by a quarter; pins: the hottest of the trace's
+first half."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """Records which experts a model chooses while it reads texts and writes answers.
 
-Listens to the expert store (`ExpertStore.watch`); with guesses it also asks, after each mixture
+Listens to the expert store (`Store.watch`); with guesses it also asks, after each mixture
 layer's attention, the next one's router. Ids in, a trace file out: knows no text. Called by
 `mimo trace`.
 """

@@ -14,12 +14,14 @@ import torch
 from mimo_local import ops, tracing
 from mimo_local.errors import UsageError
 from mimo_local.experts.store import ExpertStore
+from mimo_local.experts.tiered import TieredStore
 from mimo_local.layers import MoE
 from mimo_local.model import Model, Segment
 from mimo_local.routing_trace import RoutingTrace, Text, TraceWriter
 from mimo_local.sampler import SamplingParams
 from mimo_local.tracing import Tracer, facts_of, store_of
-from mimo_local.weights import open_weights
+from mimo_local.weights import PackWeights, open_weights
+from quant.convert import Recipe, convert
 
 D: dict[str, Any] = tiny.config("sfsf", "dmmm", experts=8, top_k=3, n_group=2, topk_group=1)
 IDS = [int(i) for i in torch.randint(0, 64, (300,), generator=torch.Generator().manual_seed(4))]
@@ -123,6 +125,31 @@ def test_the_store_serves_as_before_afterwards(model: Model, tmp_path: Path) -> 
             tracer.answer(IDS, "long", SamplingParams())
     assert store.resident(1)
     assert not (tmp_path / "t").exists()
+
+
+def test_tiers_choose_as_ram_does(tmp_path: Path) -> None:
+    config = tiny.config("fsfs", "dmmm", experts=8, top_k=3, hidden=64, moe_intermediate=64)
+    convert(tiny.write(tmp_path / "m", config), tmp_path / "pack", Recipe.for_format("nf4"))
+    traces = []
+    for tiered in (False, True):
+        weights = open_weights(tmp_path / "pack")
+        assert isinstance(weights, PackWeights)
+        room = 10 * weights.pack.expert_layout(1).stride
+        store = TieredStore(weights, room, reserve=0) if tiered else ExpertStore(weights)
+        model = Model(weights, store)
+        path = tmp_path / f"{tiered}"
+        with (
+            TraceWriter(path, facts_of(model, "m", 1, guesses=True)) as out,
+            Tracer(model, model.new_cache, out, 100) as tracer,
+        ):
+            tracer.answer(IDS[:20], "a", SamplingParams(temperature=0, max_tokens=9))
+        if isinstance(store, TieredStore):
+            store.close()
+        traces.append(RoutingTrace.read(path))
+    ram, disk = (np.sort(trace.ids, -1) for trace in traces)
+    np.testing.assert_array_equal(ram, disk)
+    assert traces[0].guesses is not None and traces[1].guesses is not None
+    np.testing.assert_array_equal(traces[0].guesses, traces[1].guesses)
 
 
 def test_a_model_without_experts_has_nothing_to_trace(tmp_path: Path) -> None:

@@ -52,8 +52,9 @@ def replay(
     """Show what each way of caching experts would have hit.
 
     A hit is an expert that a layer's step wants and that is held. belady is the oracle: no policy
-    can have more. lfru-N counts how often an expert was wanted, worth half after N steps;
-    lfru-slow takes in one per layer and step at most; pinned-* keep the first half's hottest.
+    can have more. lfru-N counts how often an expert was wanted, worth half after N steps, and
+    takes in what beats its victim (-all: whatever was wanted; lfru-slow: one per layer and step);
+    layer-* give every layer a quota; pinned-* keep the first half's hottest.
     """
     from mimo_local.cli.machine import counts
     from mimo_local.replay import POLICIES
