@@ -13,13 +13,19 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
-import mmap
 import statistics
+import sys
 import time
+from pathlib import Path
 
 import torch
 
-from mimo_local import kernels
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from mimo_local import kernels  # noqa: E402
+from quant.buffers import huge_empty  # noqa: E402
 
 SHAPES = ((2048, 4096), (2048, 4096), (4096, 2048))
 """Rows and columns of an expert's gate, up and down matrices."""
@@ -43,10 +49,7 @@ class Memory:
     """Bytes in huge pages, random in the first part, scales of about a hundredth in the second."""
 
     def __init__(self, n: int) -> None:
-        self._area = mmap.mmap(-1, n)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            self._area.madvise(mmap.MADV_HUGEPAGE)
-        self.bytes = torch.frombuffer(self._area, dtype=torch.uint8)
+        self.bytes = huge_empty(n)
         # Bit 6 clear: as BF16 or float32 every number is finite.
         self.bytes.random_(0, 256).bitwise_and_(0xBF)
 

@@ -23,7 +23,7 @@ import torch
 from mimo_local import kernels
 from mimo_local.demo import demo_pack
 from mimo_local.demo.rewrite import SINK_OFF
-from mimo_local.experts import ExpertStore
+from mimo_local.experts.store import ExpertStore
 from mimo_local.model import Model, Segment
 from mimo_local.tokenizer import Tokenizer
 from mimo_local.weights import PackWeights, open_weights

@@ -23,6 +23,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from mimo_local import kernels  # noqa: E402
+from quant.buffers import huge_empty  # noqa: E402
 from quant.formats import get_format  # noqa: E402
 
 D, WIDTH, K = 4096, 2048, 8
@@ -36,9 +37,8 @@ def make(fmt: str, nbytes: float, d: int, width: int) -> tuple[Any, list[torch.T
     one = sum(form.nbytes(*shape) for _, shape in shapes)
     mlps = (kernels.Mlp * max(2 * K, int(nbytes // one)))()
     for e in range(len(mlps)):
-        whole = torch.empty(one + 4096, dtype=torch.uint8)
+        whole = huge_empty(one)
         keep.append(whole)
-        whole = whole[-whole.data_ptr() % 4096 :]
         for name, shape in shapes:
             parts = {}
             for part, (dtype, dims) in form.parts(*shape).items():

@@ -23,7 +23,16 @@ from mimo_local.errors import (
     NotEnoughMemoryError,
     UsageError,
 )
-from mimo_local.events import Done, Failed, FinishReason, Prefill, Progress, Stats, Token
+from mimo_local.events import (
+    Done,
+    ExpertFigures,
+    Failed,
+    FinishReason,
+    Prefill,
+    Progress,
+    Stats,
+    Token,
+)
 from mimo_local.sampler import Sampler, SamplingParams
 from mimo_local.stream import NO_ID, Stream, TextOutput
 
@@ -32,6 +41,7 @@ if TYPE_CHECKING:
 
     from mimo_local.cache import KVCache, Snapshot
     from mimo_local.config import ModelConfig
+    from mimo_local.experts.meters import Meters
     from mimo_local.model import Model
     from mimo_local.settings import Settings
     from mimo_local.tokenizer import Tokenizer
@@ -95,6 +105,8 @@ class _Request:
     tokens: int = 0
     first_token: float = 0.0
     reported: tuple[int, float] = field(default=(0, 0.0))
+    meters: Meters | None = None
+    """The experts' meters when the request's turn came."""
 
 
 class Engine:
@@ -186,6 +198,7 @@ class Engine:
             self._ready.notify_all()
         if threading.current_thread() is not self._thread:
             self._thread.join()
+            self._model.experts.close()
         atexit.unregister(self.close)
 
     def __enter__(self) -> Engine:
@@ -243,7 +256,29 @@ class Engine:
             context_used=len(request.session.ids),
             context_limit=self.context_limit,
             cache_bytes=sum(request.session.cache.nbytes.values()),
+            experts=self._expert_figures(request),
             kernel=self.kernel,
+        )
+
+    def _expert_figures(self, request: _Request) -> ExpertFigures | None:
+        store = self._model.experts
+        held = store.nbytes
+        if "disk" not in held or request.meters is None:
+            return None
+        used = store.meters.since(request.meters)
+        return ExpertFigures(
+            wanted=used.wanted,
+            vram_hits=used.vram_hits,
+            ram_hits=used.ram_hits,
+            staged_hits=used.staged_hits,
+            misses=used.misses,
+            disk_bytes=used.disk_bytes,
+            prompt_disk_bytes=used.sweep_bytes,
+            wait_s=used.wait_s,
+            ram_bytes=held.get("ram", 0),
+            vram_bytes=held.get("vram", 0),
+            prefetching=store.wants_guesses,
+            note="; ".join(store.notes),
         )
 
     # ---- the engine's own thread -----------------------------------------------------------------
@@ -286,6 +321,7 @@ class Engine:
 
         session, stream, text = request.session, request.stream, request.text
         request.started = time.monotonic()
+        request.meters = self._model.experts.meters.copy()
         # At least one id must go through the model again: its logits are where the answer starts.
         session.rewind(min(session.common_prefix(request.ids), len(request.ids) - 1))
         request.cached = session.cache.length

@@ -7,13 +7,13 @@ library by what the standard library and torch have. Knows no model. Called by `
 from __future__ import annotations
 
 import ctypes
-import mmap
 import statistics
 import time
 from pathlib import Path
 from typing import Final
 
 from mimo_local import hardware, kernels
+from quant.buffers import huge_empty
 
 STREAMS: Final = (1, 4, 8, 16)
 PROBE: Final = 2 << 30
@@ -35,11 +35,9 @@ class Memory:
         self._native = kernels.get()
         if self._native is None:
             return
-        self._block = mmap.mmap(-1, self.nbytes)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            # The limit is to be the memory's, not that of walking page tables.
-            self._block.madvise(mmap.MADV_HUGEPAGE)
-        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._block))
+        # The limit is to be the memory's, not that of walking page tables.
+        self._block = huge_empty(self.nbytes)
+        self._address = self._block.data_ptr()
         # Untouched pages are all the one zero page, which sits in the cache.
         ctypes.memset(self._address, 1, self.nbytes)
 

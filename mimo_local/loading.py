@@ -18,10 +18,11 @@ from mimo_local.cache import KVCache
 from mimo_local.config import ModelConfig
 from mimo_local.errors import NotEnoughMemoryError, UsageError
 from mimo_local.events import Progress
-from mimo_local.experts import ExpertStore, available_memory
+from mimo_local.experts.memory import available_memory
+from mimo_local.experts.opening import open_store
 from mimo_local.model import Model
 from mimo_local.settings import Settings
-from mimo_local.sizes import kv_bytes
+from mimo_local.sizes import activation_bytes, kv_bytes
 from mimo_local.tokenizer import Tokenizer
 from mimo_local.weights import PackWeights, Weights, open_weights
 
@@ -58,9 +59,15 @@ def load(settings: Settings, on_event: Callable[[Progress], None] | None = None)
     # The tokenizer first: it is quick, and a broken one should not cost minutes of loading.
     has_tokenizer = (path / "tokenizer.json").is_file()
     tokenizer = Tokenizer.from_dir(path) if has_tokenizer else None
-    experts = ExpertStore(weights, on_progress=on_event)
-    model = Model(weights, experts, on_progress=on_event)
     dtype = kv_dtype(settings.kv_dtype, weights.kind)
+    experts = open_store(
+        weights,
+        ram=settings.ram,
+        spare=spare(weights.config, settings.context, dtype),
+        prefetch=settings.prefetch,
+        on_progress=on_event,
+    )
+    model = Model(weights, experts, on_progress=on_event)
 
     def new_cache() -> KVCache:
         return model.new_cache(dtype=dtype)
@@ -74,6 +81,12 @@ def load(settings: Settings, on_event: Callable[[Progress], None] | None = None)
         new_cache=new_cache,
         kernel=kernels.describe(),
     )
+
+
+def spare(config: ModelConfig, context: int | None, dtype: torch.dtype) -> int:
+    """Bytes to keep from the experts: the cache of one session, and a step's activations."""
+    tokens = min(context or DEFAULT_CONTEXT, config.max_context)
+    return kv_bytes(config, tokens, dtype.itemsize) + activation_bytes(config)
 
 
 def set_threads(threads: int | None) -> None:

@@ -20,10 +20,10 @@ import torch
 from mimo_local.config import ModelConfig
 from mimo_local.errors import UsageError
 from mimo_local.weights import EXPERT_PARTS, Embedding, Expert, QuantLinear, shapes
+from quant.buffers import huge_empty, huge_tensor
 from quant.formats import NF4_CODES, Format, Parts, get_format
 from quant.inventory import role_of
 from quant.layout import ExpertLayout, expert_views, plan_experts
-from quant.pack import aligned_empty
 
 EXPERT_FORMATS: Final = ("nf4", "mxfp4", "int8")
 REST_FORMATS: Final = ("int8", "nf4", "bf16")
@@ -117,7 +117,7 @@ class RandomWeights:
         rows, cols = self._shapes[name]
         std = 1.0 if name.endswith("embed_tokens.weight") else cols**-0.5
         parts = {
-            part: torch.empty(shape, dtype=dtype)
+            part: huge_tensor(shape, dtype)
             for part, (dtype, shape) in fmt.parts(rows, cols).items()
         }
         self._fill(fmt, parts, std)
@@ -131,7 +131,7 @@ class RandomWeights:
         """One expert: views of one new buffer, laid out as in a pack."""
         if self._layout is None:
             raise KeyError(f"layer {layer} has no experts")
-        views = expert_views(aligned_empty(self._layout.stride), self._layout)
+        views = expert_views(huge_empty(self._layout.stride), self._layout)
         made = []
         for matrix, (rows, cols) in _expert_shapes(self.config).items():
             self._fill(self.expert_format, views[matrix], cols**-0.5)

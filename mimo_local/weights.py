@@ -19,6 +19,7 @@ from mimo_local import kernels
 from mimo_local.config import LayerSpec, ModelConfig
 from mimo_local.errors import CheckpointError, ModelFilesError, PackError
 from mimo_local.events import Progress
+from quant.buffers import huge_tensor
 from quant.checkpoint import Checkpoint
 from quant.formats import Format, Parts, get_format
 from quant.pack import JOURNAL, Pack, expert_views
@@ -49,6 +50,11 @@ class QuantLinear:
         self.parts = {name: part.contiguous() for name, part in self.parts.items()}
         return self.format.matrix(self.parts)
 
+    def below(self, first: int) -> QuantLinear:
+        """The matrix of the rows from `first` on; the bytes are shared."""
+        parts = {name: part[first:] for name, part in self.parts.items()}
+        return QuantLinear(self.format, parts, self.rows - first, self.cols)
+
     @property
     def nbytes(self) -> int:
         """Bytes of all parts."""
@@ -65,8 +71,13 @@ def stack(linears: list[QuantLinear]) -> QuantLinear:
     if any(linear.format.name != fmt.name for linear in linears):
         fmt = get_format("f32")
         parts = [{"weight": linear.format.unpack(linear.parts)} for linear in linears]
-    joined = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
+    joined = {name: _cat([p[name] for p in parts]) for name in parts[0]}
     return QuantLinear(fmt, joined, sum(linear.rows for linear in linears), first.cols)
+
+
+def _cat(tensors: list[torch.Tensor]) -> torch.Tensor:
+    first, rows = tensors[0], sum(tensor.shape[0] for tensor in tensors)
+    return torch.cat(tensors, out=huge_tensor((rows, *first.shape[1:]), first.dtype))
 
 
 class Embedding:

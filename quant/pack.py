@@ -19,10 +19,10 @@ import torch
 
 from mimo_local.errors import MimoError, PackError
 from mimo_local.events import Progress
+from quant.buffers import huge_empty, huge_tensor
 from quant.formats import Parts
 from quant.inventory import EXPERT_PARTS, expert_name
 from quant.layout import (
-    PAGE,
     ExpertLayout,
     TensorEntry,
     TensorSpec,
@@ -126,7 +126,7 @@ class Pack:
         entry = self.tensors[name]
         parts: Parts = {}
         for part, (dtype, shape, offset) in entry.parts.items():
-            tensor = torch.empty(shape, dtype=dtype)
+            tensor = huge_tensor(shape, dtype)
             self._read_into(bytes_of(tensor), entry.file, offset, name)
             parts[part] = tensor
         return parts
@@ -142,7 +142,7 @@ class Pack:
                 f"layer {layer} has experts 0..{layout.count - 1}, not {expert}",
                 hint="the pack belongs to another model than its config.json says",
             )
-        buffer = aligned_empty(layout.stride) if out is None else out[: layout.stride]
+        buffer = huge_empty(layout.stride) if out is None else out[: layout.stride]
         offset = layout.offset0 + expert * layout.stride
         what = f"expert {expert} of layer {layer}"
         self._read_into(bytes_of(buffer), layout.file, offset, what)
@@ -271,13 +271,6 @@ class Pack:
                 return PackError(f"{file} is damaged: checksum of {what} is wrong", hint=_REDO)
         where = " in its header or padding" if pieces else ""
         return PackError(f"{file} is damaged{where}: its sha256 is wrong", hint=_REDO)
-
-
-def aligned_empty(nbytes: int) -> torch.Tensor:
-    """uint8 (nbytes,), uninitialised, at an address that is a multiple of 4096."""
-    raw = torch.empty(nbytes + PAGE, dtype=torch.uint8)
-    skip = -raw.data_ptr() % PAGE
-    return raw[skip : skip + nbytes]
 
 
 def _check_part(

@@ -21,6 +21,7 @@ from mimo_local.cli.models import (
     JsonOption,
     MaxTokensOption,
     ModelOption,
+    RamOption,
     SeedOption,
 )
 from mimo_local.cli.status import Status, say
@@ -54,6 +55,7 @@ def summarize(
     focus: Focus = "",
     model: ModelOption = None,
     context: ContextOption = None,
+    ram: RamOption = None,
     max_tokens: MaxTokensOption = None,
     seed: SeedOption = None,
     json: JsonOption = False,
@@ -64,7 +66,9 @@ def summarize(
     """
     from mimo_local.summarize import Options
 
-    settings = Settings.resolve(model=model, context=context, max_tokens=max_tokens, seed=seed)
+    settings = Settings.resolve(
+        model=model, context=context, ram=ram, max_tokens=max_tokens, seed=seed
+    )
     options = Options(
         pages=pages,
         lang=lang,

@@ -87,12 +87,26 @@ def doctor(report: Report) -> str:
 
 
 def bench(results: Sequence[Result]) -> str:
-    """llama-bench's columns: test, threads, t/s."""
-    rows = [
-        (result.test.name, str(result.threads), f"{result.mean:.2f} ± {result.sd:.2f}")
-        for result in results
-    ]
-    return table(("test", "threads", "t/s"), rows)
+    """llama-bench's columns, test, threads, t/s; with tiers also where the experts came from."""
+    head: tuple[str, ...] = ("test", "threads", "t/s")
+    rows: list[tuple[str, ...]] = []
+    tiers = any(result.experts is not None for result in results)
+    if tiers:
+        head += ("VRAM", "RAM", "ahead", "disk", "from disk/token")
+    for result in results:
+        row = (result.test.name, str(result.threads), f"{result.mean:.2f} ± {result.sd:.2f}")
+        rows.append((*row, *_tiers(result)) if tiers else row)
+    return table(head, rows)
+
+
+def _tiers(result: Result) -> tuple[str, ...]:
+    m = result.experts
+    if m is None:
+        return ("", "", "", "", "")
+    # A long prompt reads each expert once and asks for none: only its bytes mean something.
+    counts = (m.vram_hits, m.ram_hits, m.staged_hits, m.misses)
+    shares = (f"{n / m.wanted:.0%}" if m.wanted else "" for n in counts)
+    return (*shares, gb(result.disk_bytes_per_token))
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

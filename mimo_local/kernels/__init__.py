@@ -18,7 +18,7 @@ from typing import Final
 
 from mimo_local.errors import NativeError
 
-ABI_VERSION: Final = 2
+ABI_VERSION: Final = 3
 BLOCK: Final = 64
 """Weights along a row that share one NF4 scale."""
 MAX_THREADS: Final = 256
@@ -49,6 +49,7 @@ _SIGNATURES: Final = {
         _I32,
         [_PTR, _PTR, _I64, _PTR, _I64, _I64, _PTR, _PTR, _I64, _PTR, _I64, _I32],
     ),
+    "mimo_combine": (_I32, [_PTR, _PTR, _PTR, _PTR, _I64, _I64, _I64, _PTR, _I64]),
     "mimo_route": (_I32, [_PTR, _PTR, _PTR, _I64, _I64, _PTR, _PTR]),
     "mimo_attend": (_I32, [_PTR, _PTR, _PTR, _I64, _PTR, _I64, _PTR, _I64]),
     "mimo_rms_norm": (_I32, [_PTR, _PTR, _I64, _I64, _I64, _PTR, _F32, _PTR, _I64]),

@@ -35,7 +35,7 @@ extern "C" {
 #endif
 
 /* Raise with every change of this file that an older caller could notice. */
-#define MIMO_ABI_VERSION 2
+#define MIMO_ABI_VERSION 3
 
 enum mimo_status {
   MIMO_OK = 0,
@@ -109,6 +109,12 @@ typedef struct mimo_mlp {
 MIMO_API int32_t mimo_moe(const mimo_table *table, const mimo_mlp *mlps, int64_t n_mlps, const float *x, int64_t ldx,
                           int64_t T, const int32_t *ids, const float *weights, int64_t K, float *y, int64_t ldy,
                           int32_t accumulate) MIMO_NOEXCEPT;
+
+/* y[t] = sum_k weights[t*K + k] * parts[t*K + k] over the k with ids[t*K + k] >= 0, in ascending k: what mimo_moe does
+ * with its experts' results, for callers that have them one by one. parts (T*K, D), ids and weights (T, K), y (T, D)
+ * with row pitch ldy. On the caller alone. */
+MIMO_API int32_t mimo_combine(const mimo_table *table, const float *parts, const int32_t *ids, const float *weights,
+                              int64_t T, int64_t K, int64_t D, float *y, int64_t ldy) MIMO_NOEXCEPT;
 
 /* Which experts a row goes to (sigmoid scores, an election bias, optional groups). */
 typedef struct mimo_router {
