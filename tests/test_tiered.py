@@ -139,6 +139,17 @@ def test_a_sweep_keeps_what_the_prompt_uses_most(pack: Path) -> None:
     assert len(store.ram) == 2
 
 
+def test_every_layer_has_its_share_even_of_too_little(pack: Path) -> None:
+    store = tiered(pack, 3 * 2)  # half of what a layer's step wants
+    hits = 0
+    for seed in range(30):
+        for layer in LAYERS:
+            store.run(layer, *step(1, seed % 2))
+            assert sum(key[0] == layer for key in store.ram) <= 2
+        hits = store.meters.ram_hits
+    assert hits > 20
+
+
 def test_hits_are_computed_while_misses_are_on_their_way(pack: Path) -> None:
     gate, computed = threading.Event(), threading.Event()
 
@@ -174,7 +185,7 @@ def test_hits_are_computed_while_misses_are_on_their_way(pack: Path) -> None:
 
 
 def test_lru_keeps_what_was_wanted_last(pack: Path) -> None:
-    store = tiered(pack, K)
+    store = tiered(pack, K, policy=Lru)
     for seed in (1, 2):
         x, ids, w = step(1, seed)
         store.run(1, x, ids, w)

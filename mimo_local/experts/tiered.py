@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Final
 
 import torch
@@ -19,7 +20,7 @@ import torch
 from mimo_local import kernels
 from mimo_local.experts.disk import DiskTier, Read
 from mimo_local.experts.meters import Meters
-from mimo_local.experts.policy import ExpertPolicy, Key, Lru
+from mimo_local.experts.policy import AgedFrequency, ExpertPolicy, Key, PerLayer
 from mimo_local.experts.prefetch import Trial
 from mimo_local.experts.pressure import Pressure
 from mimo_local.experts.ram import RamTier
@@ -37,6 +38,16 @@ AHEAD: Final = 4
 """Experts of the next layer that are read on a guess; more guesses are more often wrong."""
 
 
+def quotas(layers: Sequence[int]) -> Callable[[int], ExpertPolicy]:
+    """The RAM tier's policy: an equal share for every layer, by counts that fade within a sentence.
+
+    Replayed (bench/routing_policies.py): recency over all layers hits nothing while the tier holds
+    less than one step wants; shares cure that, and counts that halve in 8 steps are equal to or
+    above recency within the shares in every case.
+    """
+    return partial(PerLayer, layers=layers, make=partial(AgedFrequency, half_life=8))
+
+
 class TieredStore:
     """What the mixture layers see when the experts do not all fit."""
 
@@ -45,13 +56,14 @@ class TieredStore:
         weights: PackWeights,
         budget: int,
         *,
-        policy: Callable[[int], ExpertPolicy] = Lru,
+        policy: Callable[[int], ExpertPolicy] | None = None,
         prefetch: Prefetch = "auto",
         reserve: int | None = None,
         disk: DiskTier | None = None,
         vram: VramTier | None = None,
     ) -> None:
         """`budget`: bytes of RAM for experts; `reserve`: bytes of the machine's left alone.
+        `policy`: given a capacity, who stays in RAM; None: `quotas`.
 
         Reads nothing yet. `disk`: replaced in tests. Raises NotEnoughMemoryError.
         """
@@ -62,7 +74,7 @@ class TieredStore:
         self.meters = Meters()
         self.disk = disk or DiskTier(pack.path, layouts)
         # Twice a token's experts: this layer's misses and guesses for the next one.
-        self.ram = RamTier(layouts, budget, ring=2 * self.chosen, policy=policy)
+        self.ram = RamTier(layouts, budget, ring=2 * self.chosen, policy=policy or quotas(layers))
         self.pressure = Pressure(self.ram.slot_bytes, budget, reserve)
         self.vram = vram
         self.trial = Trial()

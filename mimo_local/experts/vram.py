@@ -26,8 +26,9 @@ PER_LAYER: Final = 1
 """Uploads of a layer's experts in a step at most: 14 MB take 0.6 ms of a 25 GB/s bus."""
 STAGING: Final = 2
 """Host buffers that copies go through: one is filled while the other is on the bus."""
-HALF_LIFE: Final = 256.0
-"""Steps after which a touch counts half: tokens of one topic, not of one sentence."""
+HALF_LIFE: Final = 32.0
+"""Steps after which a touch counts half: by replay as good as recency with a fifteenth of the
+uploads (bench/routing_policies.py)."""
 MATRICES: Final = ("gate", "up", "down")
 FORMATS: Final = ("nf4", "int8")
 
