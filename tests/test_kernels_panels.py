@@ -102,9 +102,10 @@ def outliers(rows: int, cols: int, seed: int) -> torch.Tensor:
 # activations and on ones with outliers. NF4 itself loses 9e-2 of normal weights, MXFP4 more.
 WORDS = {"nf4": (7e-4, 3e-3), "mxfp4": (7e-4, 3e-3), "int8": (7e-4, 3e-3)}
 BYTES = {"nf4": (9e-3, 2.4e-2), "mxfp4": (8e-3, 2.4e-2), "int8": (8e-3, 2.4e-2)}
+TILES = {"nf4": (2e-2, 3.8e-2), "mxfp4": (2e-2, 3.8e-2), "int8": (1e-2, 3.3e-2)}
 PLAIN = {"bf16": (5e-7, 5e-7), "f32": (5e-7, 5e-7)}
 BOUNDS = {"scalar": WORDS | PLAIN, "avx2": WORDS | PLAIN, "avx_vnni": BYTES | PLAIN}
-BOUNDS |= {"avx512": BYTES | PLAIN}
+BOUNDS |= {"avx512": BYTES | PLAIN, "amx": TILES | PLAIN}
 
 
 @pytest.mark.parametrize("name", FORMATS)
