@@ -89,7 +89,7 @@ class Stats:
     experts: ExpertFigures | None = None
     """None where all experts lie in RAM."""
     kernel: str = ""
-    """`avx512`, `avx_vnni`, `avx2`, `scalar`, or `reference (slow)`."""
+    """`amx`, `avx512`, `avx_vnni`, `avx2`, `scalar`, or `reference (slow)`."""
 
     @property
     def prefill_tokens_per_s(self) -> float:

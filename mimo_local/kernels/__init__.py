@@ -284,7 +284,7 @@ def why_unavailable() -> str:
 
 
 def describe() -> str:
-    """ "avx512", "avx_vnni", "avx2", "scalar", or "reference (slow)" without the library."""
+    """ "amx", "avx512", "avx_vnni", "avx2", "scalar", or "reference (slow)" without the library."""
     kernels = get()
     return REFERENCE if kernels is None else kernels.isa
 
@@ -336,7 +336,7 @@ def _open(path: Path) -> ctypes.CDLL:
 
 
 def _tables(library: ctypes.CDLL) -> tuple[str, ...]:
-    names = ("scalar", "avx2", "avx_vnni", "avx512")
+    names = ("scalar", "avx2", "avx_vnni", "avx512", "amx")
     return tuple(name for name in names if library.mimo_get_table(name.encode()))
 
 

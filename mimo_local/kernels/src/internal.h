@@ -212,6 +212,7 @@ const mimo_table *scalar_table() noexcept;
 const mimo_table *avx2_table() noexcept;
 const mimo_table *avx_vnni_table() noexcept;
 const mimo_table *avx512_table() noexcept;
+const mimo_table *amx_table() noexcept;
 
 // ---- what the entries share: checks.cpp -----------------------------------------------------------------------------
 
