@@ -1,7 +1,7 @@
 """Expert policies on synthetic routing of the real model's shape: hit rates by policy and share.
 
-Two kinds of text: drifting (calibrated on reported hit rates) and stable (favourites that every
-text shares: the best case for pins and slow counts). Replays as `mimo replay` does.
+Two kinds of text: drifting (settings chosen to match reported hit rates) and stable (favourites
+that every text shares: kinder to pins and slow counts). Replays as `mimo replay` does.
 
     python bench/routing_policies.py --tokens 1500 --rows 1,4
 """

@@ -19,10 +19,11 @@ from mimo_local.routing_trace import Facts, RoutingTrace, Text
 class Routing:
     """How tokens choose.
 
-    As it stands, LRU hits 35, 44, 52, 60, 67, 75 and 82 % with 5, 8, 12, 18, 25, 37 and 50 % of all
-    experts held, and neighbours share 32 % of theirs. Reported for 256 experts and 8 chosen: 24,
-    42, 48, 57, 67, then 72 % with 30 %, and 26 to 41 % shared. Pins lose here, as reported; a
-    smaller `topic_share` gives every text the same favourites, and pins win.
+    Chosen among a dozen settings for what was reported of real models, pins losing included: no
+    evidence about pins. LRU hits 35, 44, 52, 60, 67, 75 and 82 % with 5, 8, 12, 18, 25, 37 and 50 %
+    of all experts held (5 layers), and neighbours share 32 % of theirs. Reported for 256 experts
+    and 8 chosen: 24, 42, 48, 57, 67 % with 5, 8, 12, 18, 22 %, then 72 % with 30 %, and 26 to 41 %
+    shared. A smaller `topic_share` gives every text the same favourites.
     """
 
     zipf: float = 1.0
