@@ -73,7 +73,7 @@ class Memory:
 
 
 def products(milliseconds: int = 50) -> float:
-    """10^12 operations a second (two per multiply-add) of the fastest product, all threads."""
+    """10^12 operations a second (two per multiply-add) by the multiply-adds of prefill."""
     native = kernels.get()
     if native is None:
         return _torch_products(milliseconds)

@@ -100,6 +100,12 @@ static std::int32_t emu_wrap(std::int32_t a, std::int32_t b) {
 }
 static __m512i _mm512_add_epi32(__m512i a, __m512i b) { EMU_EACH(__m512i, emu_wrap(a.v[i], b.v[i])); }
 static __m512i _mm512_max_epi32(__m512i a, __m512i b) { EMU_EACH(__m512i, a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
+static __m512i _mm512_max_epu32(__m512i a, __m512i b) {
+  EMU_EACH(__m512i, static_cast<std::uint32_t>(a.v[i]) > static_cast<std::uint32_t>(b.v[i]) ? a.v[i] : b.v[i]);
+}
+static __m512i _mm512_mask_or_epi32(__m512i src, __mmask16 m, __m512i a, __m512i b) {
+  EMU_EACH(__m512i, (m >> i & 1) != 0 ? a.v[i] | b.v[i] : src.v[i]);
+}
 static __m512i _mm512_xor_si512(__m512i a, __m512i b) { EMU_EACH(__m512i, a.v[i] ^ b.v[i]); }
 static __m512i _mm512_and_si512(__m512i a, __m512i b) { EMU_EACH(__m512i, a.v[i] & b.v[i]); }
 static __m512i _mm512_or_si512(__m512i a, __m512i b) { EMU_EACH(__m512i, a.v[i] | b.v[i]); }

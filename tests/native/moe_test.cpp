@@ -174,7 +174,7 @@ void rows_multiply_panels(const mimo::PanelsJob &job, std::int64_t n0, std::int6
   for (std::int64_t t = 0; t < job.T; ++t) {
     const void *x = static_cast<const unsigned char *>(job.x) + t * rows_table->row_bytes(job.w->format, job.w->cols);
     float *y = job.y + t * job.ldy;
-    rows_table->multiply_rows({job.w, 1, &x, &y}, n0, n1);
+    rows_table->multiply_rows({job.w, 1, &x, &y, false}, n0, n1);
   }
 }
 

@@ -1,9 +1,11 @@
 // Threads, callers in parallel, fork.
+#include <sched.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <atomic>
 #include <cfenv>
+#include <chrono>
 #include <thread>
 
 #include "check.h"
@@ -79,6 +81,48 @@ MIMO_CHECK(pieces) {
           for (std::atomic<int> &seen : pieces.seen) REQUIRE(seen == 1, "%d times", seen.load());
         }
       }
+    }
+  }
+}
+
+// A caller that has moved to a worker's core is not left to share it.
+MIMO_CHECK(homes) {
+  cpu_set_t all;
+  REQUIRE(sched_getaffinity(0, sizeof all, &all) == 0, "affinity");
+  const int cores = mimo::usable_cores();
+  std::vector<int> homes(size(cores));
+  std::vector<int> home_of(CPU_SETSIZE, -1);
+  mimo_set_threads(cores);
+  if (cores < 2 || !mimo::worker_homes(cores, homes.data(), home_of.data(), CPU_SETSIZE)) return;
+  struct Seen {
+    std::atomic<int> inside{0};
+    std::atomic<bool> late{false};
+    int wanted = 0;
+    std::vector<std::atomic<int>> threads_on = std::vector<std::atomic<int>>(CPU_SETSIZE);
+  };
+  for (int turn = 0; turn < 3; ++turn) {
+    for (const int home : homes) {
+      Seen seen;
+      seen.wanted = cores;
+      mimo::parallel_for(cores, 1, [](void *, std::int64_t, std::int64_t, void *) noexcept {}, nullptr);  // start
+      cpu_set_t one;
+      CPU_ZERO(&one);
+      CPU_SET(home, &one);
+      REQUIRE(sched_setaffinity(0, sizeof one, &one) == 0, "CPU %d", home);
+      mimo::parallel_for(
+          cores, 1,
+          [](void *context, std::int64_t, std::int64_t, void *) noexcept {
+            Seen &here = *static_cast<Seen *>(context);
+            ++here.inside;
+            const auto until = std::chrono::steady_clock::now() + std::chrono::seconds(1);
+            while (here.inside < here.wanted && std::chrono::steady_clock::now() < until) std::this_thread::yield();
+            if (here.inside < here.wanted) here.late = true;  // the system has kept a thread away
+            ++here.threads_on[size(sched_getcpu())];
+          },
+          &seen);
+      REQUIRE(sched_setaffinity(0, sizeof all, &all) == 0, "affinity");
+      if (seen.late) continue;
+      for (const std::atomic<int> &threads : seen.threads_on) REQUIRE(threads <= 1, "%d on one CPU", threads.load());
     }
   }
 }

@@ -54,6 +54,45 @@ bool same_rows(Exact<float> &a, Exact<float> &b, std::int64_t T, std::int64_t N)
 constexpr std::int64_t kManyK[] = {1, 7, 16, 17, 63, 64, 65, 128, 192, 576, 1024, 1088, 1100, 2112};
 constexpr std::int64_t kManyN[] = {1, 3, 8, 17, 65};
 
+// Rows [n0, n1) by one table in one order of reading.
+Exact<float> rows_product(const mimo_table *table, const mimo_matrix &w, const float *x, std::int64_t T,
+                          std::int64_t n0, std::int64_t n1, bool in_order) {
+  const std::int64_t bytes = table->row_bytes(w.format, w.cols);
+  std::vector<std::uint8_t> memory(size(T * bytes + 64));
+  std::uint8_t *prepared = memory.data() + (64 - reinterpret_cast<std::uintptr_t>(memory.data()) % 64);
+  Exact<float> out(size(T * (n1 - n0)));
+  std::vector<const void *> rows;
+  std::vector<float *> to;
+  for (std::int64_t t = 0; t < T; ++t) {
+    table->prepare_row(w.format, x + t * w.cols, w.cols, prepared + t * bytes);
+    rows.push_back(prepared + t * bytes);
+    to.push_back(out.get() + t * (n1 - n0) - n0);
+  }
+  table->multiply_rows({&w, T, rows.data(), to.data(), in_order}, n0, n1);
+  return out;
+}
+
+// The order in which the weights are read is this machine's affair: no bit depends on it.
+MIMO_CHECK(products_orders) {
+  unsigned seed = 0;
+  for (const std::int64_t format : {MIMO_NF4, MIMO_MXFP4, MIMO_INT8, MIMO_BF16, MIMO_F32}) {
+    for (const std::int64_t K : {64, 192, 2048, 2112, 4224}) {
+      const std::int64_t N = 21;
+      const Stored stored(format, N, K, ++seed);
+      Exact<float> x = normal(size(mimo::kExactRows * K), seed);
+      for (std::int64_t T = 1; T <= mimo::kExactRows; ++T) {
+        const Exact<float> expected = rows_product(mimo::scalar_table(), stored.w, x.get(), T, 2, N, false);
+        for (const mimo_table *table : fast_tables()) {
+          for (const bool in_order : {false, true}) {
+            REQUIRE(rows_product(table, stored.w, x.get(), T, 2, N, in_order) == expected, "%s format %ld K %ld T %ld %d",
+                    table->name, static_cast<long>(format), static_cast<long>(K), static_cast<long>(T), in_order);
+          }
+        }
+      }
+    }
+  }
+}
+
 void every_table_equals_scalar(std::int64_t format) {
   unsigned seed = 0;
   for (const std::int64_t N : kManyN) {

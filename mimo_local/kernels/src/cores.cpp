@@ -5,8 +5,8 @@
 #include <algorithm>
 #include <cstdint>
 #include <fstream>
+#include <map>
 #include <memory>
-#include <set>
 #include <sstream>
 #include <string>
 #include <utility>
@@ -69,15 +69,25 @@ std::vector<int> allowed_cpus() {
   return cpus;
 }
 
-// One CPU of each physical core of the mask: SMT siblings share the units these kernels keep busy.
-std::vector<int> one_cpu_per_core(const std::vector<int> &cpus) {
-  std::set<std::pair<std::string, std::string>> seen;
-  std::vector<int> first;
+// By CPU of the mask the first CPU of the mask on the same physical core: SMT siblings share the units these kernels
+// keep busy.
+std::vector<std::pair<int, int>> cores_of(const std::vector<int> &cpus) {
+  std::map<std::pair<std::string, std::string>, int> seen;
+  std::vector<std::pair<int, int>> found;
   for (const int cpu : cpus) {
     const std::string topology = "/sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/topology/";
     std::string core = first_line(topology + "core_id");
     if (core.empty()) core = "cpu" + std::to_string(cpu);  // no sysfs: count every CPU
-    if (seen.emplace(first_line(topology + "physical_package_id"), core).second) first.push_back(cpu);
+    const auto first = seen.emplace(std::pair(first_line(topology + "physical_package_id"), core), cpu).first;
+    found.emplace_back(cpu, first->second);
+  }
+  return found;
+}
+
+std::vector<int> one_cpu_per_core(const std::vector<int> &cpus) {
+  std::vector<int> first;
+  for (const auto &[cpu, home] : cores_of(cpus)) {
+    if (cpu == home) first.push_back(cpu);
   }
   return first;
 }
@@ -118,12 +128,15 @@ int usable_cores() noexcept {
 
 // Pinning is only fair where the process has the whole machine and uses all its cores: otherwise two processes would
 // sit on the same few cores while others idle.
-bool worker_homes(int threads, int *cpus) {
+bool worker_homes(int threads, int *cpus, int *home_of, int n_cpus) {
   const std::vector<int> allowed = allowed_cpus();
   const std::vector<int> homes = one_cpu_per_core(allowed);
   const bool whole = static_cast<long>(allowed.size()) == sysconf(_SC_NPROCESSORS_ONLN) && cgroup_cpu_limit("") == 0;
   if (!whole || static_cast<int>(homes.size()) != threads) return false;
   std::copy(homes.begin(), homes.end(), cpus);
+  for (const auto &[cpu, home] : cores_of(allowed)) {
+    if (cpu < n_cpus) home_of[cpu] = home;
+  }
   return true;
 }
 

@@ -83,9 +83,23 @@ unsigned detect() noexcept {
   return found;
 }
 
+// An AMD CPU of family 0x1A (Zen 5) or later.
+bool zen5() noexcept {
+  std::uint32_t a = 0;
+  std::uint32_t name[3] = {};
+  if (__get_cpuid(0, &a, &name[0], &name[2], &name[1]) == 0) return false;
+  if (std::memcmp(name, "AuthenticAMD", sizeof name) != 0) return false;
+  std::uint32_t b = 0;
+  std::uint32_t c = 0;
+  std::uint32_t d = 0;
+  if (__get_cpuid(1, &a, &b, &c, &d) == 0) return false;
+  return (a >> 8 & 0xF) + (a >> 20 & 0xFF) >= 0x1A;
+}
+
 #else
 
 unsigned detect() noexcept { return 1U << kScalar; }
+bool zen5() noexcept { return false; }
 
 #endif
 
@@ -149,6 +163,15 @@ const mimo_table *table_of(Level level) noexcept {
 }
 
 }  // namespace
+
+// Zen 5's prefetchers follow one long run and are disturbed by software prefetches into eight: 8 rows side by side read
+// at 71 % of the limit, in order at 95 %. On a Sapphire Rapids server one stream reads at 68 % of its limit and eight at
+// all of it; a Zen 3 was tuned for eight as well.
+bool reads_in_order() noexcept {
+  static const bool answer = zen5();
+  return answer;
+}
+
 }  // namespace mimo
 
 extern "C" {

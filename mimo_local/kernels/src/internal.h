@@ -61,6 +61,7 @@ struct RowsJob {
   std::int64_t T;
   const void *const *x;
   float *const *y;
+  bool in_order;  // the order in which the weights are read; no bit of y depends on it
 };
 using RowBytes = std::int64_t (*)(std::int64_t format, std::int64_t K) noexcept;  // a multiple of 64
 using PrepareRow = void (*)(std::int64_t format, const float *x, std::int64_t K, void *out) noexcept;  // out: 64-aligned
@@ -71,12 +72,15 @@ using MultiplyRows = void (*)(const RowsJob &, std::int64_t n0, std::int64_t n1)
 inline constexpr std::int64_t kChunk = 2048;          // columns
 inline constexpr std::int64_t kChunkScales = kChunk / 32;  // scales of a row of W in a chunk, at most
 inline constexpr std::int64_t kTileRows = 8;          // rows of W that are streamed side by side
+inline constexpr std::int64_t kAheadInOrder = 8192;  // bytes prefetched ahead where weights are read in order
 inline constexpr std::int64_t kTileT = 4;             // rows of x that share one decoding of the weights, at most
 inline constexpr std::int64_t kSumsPitch = kExactRows * kLanes;
 struct DotTile {
   const unsigned char *w;        // first row's bytes of the chunk
   std::int64_t pitch;            // bytes from row to row of W
-  const unsigned char *ahead;    // what to prefetch while these bytes are used, at the same pitch
+  const unsigned char *ahead;    // what to prefetch while these bytes are used
+  std::int64_t ahead_row;        // bytes from there to what belongs to the next row of W
+  std::int64_t ahead_line;       // and to what belongs to the next 64 bytes of each row
   std::int64_t blocks;           // of 64 columns, the last one perhaps padded
   const std::int8_t *x[kTileT];  // codes of the chunk; its sums follow them where the instruction set keeps such
   const float *x_scales[kTileT];  // INT8: one per block
@@ -153,8 +157,6 @@ using RotateRow = void (*)(float *x, std::int64_t heads, std::int64_t dim, std::
 
 // Reads `bytes` bytes as 1, 4, 8 or 16 streams side by side -> the XOR of their 4-byte words. bytes % 1024 == 0.
 using ReadStreams = std::uint32_t (*)(const void *data, std::int64_t bytes, std::int64_t streams) noexcept;
-// The fastest multiply-add there is, from registers only -> how many were done; time grows with `rounds`.
-using ProductPeak = std::int64_t (*)(std::int64_t rounds) noexcept;
 // ---- attention: attention.inc, attention.cpp ------------------------------------------------------------------------
 
 inline constexpr std::int64_t kAttendKeys = 256;  // keys of a step
@@ -213,6 +215,9 @@ const mimo_table *avx2_table() noexcept;
 const mimo_table *avx_vnni_table() noexcept;
 const mimo_table *avx512_table() noexcept;
 const mimo_table *amx_table() noexcept;
+
+// dispatch.cpp: whether this CPU reads weights faster in the order of their addresses (RowsJob::in_order).
+bool reads_in_order() noexcept;
 
 // ---- what the entries share: checks.cpp -----------------------------------------------------------------------------
 
@@ -282,8 +287,9 @@ bool mix(Mixture call, std::int64_t most_pairs);
 int cgroup_cpu_limit(const char *root) noexcept;
 int usable_cores() noexcept;
 inline constexpr int kMostThreads = 256;
-// The CPUs that `threads` threads, the caller's first, should be kept on; false: wherever the system likes.
-bool worker_homes(int threads, int *cpus);
+// The CPUs that `threads` threads, the caller's first, should be kept on, and for each CPU below n_cpus which of them is
+// on its core; false: wherever the system likes.
+bool worker_homes(int threads, int *cpus, int *home_of, int n_cpus);
 
 // One turn of a loop that waits for another thread of the pool, the i-th: a pause first, then the core is given away.
 void relax(int i) noexcept;
@@ -329,7 +335,6 @@ struct mimo_table {
   mimo::RotateRow rotate_row;
   // limits.inc
   mimo::ReadStreams read_streams;
-  mimo::ProductPeak product_peak;
   // attention.inc
   mimo::AttendMemory attend_memory;
   mimo::AttendKeys attend_keys;

@@ -221,8 +221,8 @@ MIMO_API int32_t mimo_dequantize(const mimo_table *table, const mimo_matrix *w, 
  * 1, 4, 8 or 16, n a multiple of 1024. */
 MIMO_API int32_t mimo_read_limit(const mimo_table *table, const void *data, int64_t n, int64_t streams,
                                  double *seconds) MIMO_NOEXCEPT;
-/* The fastest multiply-add of this table's products, from registers only, for about that long. *operations: two per
- * multiply-add. */
+/* The multiply-adds of this table's panels (products of many rows), from registers only, for about that long.
+ * *operations: two per multiply-add. */
 MIMO_API int32_t mimo_product_limit(const mimo_table *table, int64_t milliseconds, double *operations,
                                     double *seconds) MIMO_NOEXCEPT;
 

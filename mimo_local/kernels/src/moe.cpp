@@ -58,7 +58,7 @@ void product(const mimo_table &table, const mimo_matrix &w, const Input &in, std
       rows[j] = in.at + (in.index != nullptr ? in.index[i + j] : i + j) * in.stride;
       outs[j] = out + (i + j) * ldo;
     }
-    const RowsJob job{&part, now, rows, outs};
+    const RowsJob job{&part, now, rows, outs, reads_in_order()};
     table.multiply_rows(job, 0, part.rows);
   }
 }

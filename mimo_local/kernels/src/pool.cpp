@@ -19,6 +19,7 @@
 #include <new>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "internal.h"
@@ -104,6 +105,7 @@ class Pool {
     const std::lock_guard<std::mutex> turn(turn_);
     if (!started_) start();
     if (memory_bytes > 0) reserve(memory_bytes);
+    keep_apart();
     fn_ = fn;
     context_ = context;
     n_ = n;
@@ -205,14 +207,15 @@ class Pool {
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
     try {
-      std::vector<int> homes(static_cast<std::size_t>(wanted) + 1);
-      const bool pinned = worker_homes(wanted + 1, homes.data());
+      homes_.assign(static_cast<std::size_t>(wanted) + 1, 0);
+      home_of_.assign(CPU_SETSIZE, -1);
+      pinned_ = worker_homes(wanted + 1, homes_.data(), home_of_.data(), CPU_SETSIZE);
       const std::uint32_t seen = turns_.load(std::memory_order_relaxed);
       for (int i = 0; i < wanted; ++i) {
         workers_.emplace_back([this, i, seen] { serve(i + 1, seen); });
         const std::string name = "mimo-kernel-" + std::to_string(i + 1);
         pthread_setname_np(workers_.back().native_handle(), name.substr(0, 15).c_str());
-        if (pinned) pin(workers_.back(), homes[static_cast<std::size_t>(i) + 1]);
+        if (pinned_) pin(workers_.back(), homes_[static_cast<std::size_t>(i) + 1]);
       }
     } catch (...) {  // no more threads to be had: the ones there are do the work
     }
@@ -228,6 +231,20 @@ class Pool {
     started_ = false;
   }
 
+  // The caller is not ours to pin. Where it has moved to a worker's core the two share it, and the scheduler leaves it
+  // so for seconds (seen: half the speed of two threads): that worker gets the core the caller has left.
+  void keep_apart() noexcept {
+    if (!pinned_) return;
+    const int cpu = sched_getcpu();
+    const int home = cpu < 0 || cpu >= CPU_SETSIZE ? -1 : home_of_[static_cast<std::size_t>(cpu)];
+    if (home < 0 || home == homes_[0]) return;
+    for (std::size_t i = 0; i < workers_.size(); ++i) {
+      if (homes_[i + 1] != home) continue;
+      std::swap(homes_[0], homes_[i + 1]);
+      pin(workers_[i], homes_[i + 1]);
+    }
+  }
+
   static void pin(std::thread &worker, int cpu) noexcept {
     if (cpu >= CPU_SETSIZE) return;
     cpu_set_t set;
@@ -239,6 +256,9 @@ class Pool {
   std::mutex turn_;  // one job at a time
   bool started_ = false;
   std::vector<std::thread> workers_;
+  bool pinned_ = false;
+  std::vector<int> homes_;    // CPUs: the caller's, then the workers'
+  std::vector<int> home_of_;  // by CPU: the home on the same core, -1: none
   std::atomic<int> threads_;
   const int spins_;
   std::atomic<bool> stopping_{false};

@@ -75,7 +75,7 @@ void run_rows(void *context, std::int64_t begin, std::int64_t end, void *) noexc
   const RowsCall &call = *static_cast<const RowsCall *>(context);
   for (std::int64_t piece = begin; piece < end; ++piece) {
     for (std::int64_t t = 0; t < call.T; t += kExactRows) {
-      const RowsJob job{call.w, std::min(call.T - t, kExactRows), call.x + t, call.y + t};
+      const RowsJob job{call.w, std::min(call.T - t, kExactRows), call.x + t, call.y + t, reads_in_order()};
       call.table->multiply_rows(job, call.pieces->begin(piece), call.pieces->end(piece));
     }
   }
