@@ -77,7 +77,7 @@ class Hardware:
     """Cores' worth of time the cgroup grants, None without a limit."""
     isa_flags: tuple[str, ...]
     kernels: str
-    """`amx`, `avx512`, `avx_vnni`, `avx2`, `scalar`, or `reference (slow)`: what the products run on."""
+    """`amx`, `avx512`, `avx_vnni`, `avx2`, `scalar` or `reference (slow)`: what products run on."""
     ram_total: int
     """Bytes this process may use: physical memory or the cgroup's limit, the smaller."""
     ram_available: int

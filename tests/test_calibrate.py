@@ -213,7 +213,7 @@ def test_what_is_free_now_is_what_may_be_taken(facts: Hardware) -> None:
     assert free.reserve == 8 * GB and free.pack_present and free.calibration == FOUND
     assert whole.core_flops > Budget(ram=0, disk=0).core_flops
     card = dataclasses.replace(facts, gpus=(Gpu("a card", 24 * GB, 23 * GB),))
-    assert here.free_now(card).vram == 0 and here.free_now(card, gpu=True).vram == 23 * GB
+    assert here.free_now(card).vram == 0 and here.free_now(card, vram=None).vram == 23 * GB
 
 
 def test_a_model_has_a_key_of_its_manifest(tmp_path: Path) -> None:

@@ -129,13 +129,11 @@ def test_uniform_routing_is_the_lower_bound(budget: Budget, gpu_dense: bool) -> 
     ],
 )
 def test_estimates_agree_with_an_independent_cost_model_for_a_24_gb_card(
-    ram: int, rate: float, uniform: float, skewed: float, monkeypatch: pytest.MonkeyPatch
+    ram: int, rate: float, uniform: float, skewed: float
 ) -> None:
     # That model sampled routings; 4.5 bits per expert weight (14.16 MB), 8k context, no drafting.
     # It left 1.3 GB less alone (the program, hidden states), which tells most where few experts are
     # on disk, and its skewed choices find 66 % with 41 % kept where this curve says 72 %.
-    # It knew no slots of whole huge pages.
-    monkeypatch.setattr(counting, "HUGE_PAGE", 1 << 40)
     pack = dataclasses.replace(PACK, expert=14_155_776, slot=14_155_776)
     budget = Budget(ram=ram * GB, vram=24 * GB, disk=1000 * GB, ram_rate=rate)
     found = plan(REAL, pack, budget, context=8192, gpu_dense=True).prediction
