@@ -82,7 +82,6 @@ static void _mm_storeu_si128(__m128i *p, __m128i a) { std::memcpy(static_cast<vo
 static __m512 _mm512_set1_ps(float s) { EMU_EACH(__m512, s); }
 static __m512 _mm512_setzero_ps() { return _mm512_set1_ps(0.0F); }
 static __m512i _mm512_set1_epi32(int s) { EMU_EACH(__m512i, s); }
-static __m512i _mm512_maskz_set1_epi32(__mmask16 m, int s) { EMU_EACH(__m512i, (m >> i & 1) != 0 ? s : 0); }
 static __m512i _mm512_setr_epi32(int a, int b, int c, int d, int e, int f, int g, int h, int j, int k, int l, int m,
                                  int n, int o, int p, int q) {
   return {{a, b, c, d, e, f, g, h, j, k, l, m, n, o, p, q}};
@@ -226,11 +225,6 @@ static __m512i _mm512_set1_epi8(int s) {
   std::memset(static_cast<void *>(&r), s, sizeof r);
   return r;
 }
-static __m512i _mm512_set1_epi64(long long s) {
-  __m512i r;
-  for (int i = 0; i < 8; ++i) std::memcpy(&r.v[2 * i], &s, 8);
-  return r;
-}
 static __m512i _mm512_broadcast_i32x4(__m128i a) {
   __m512i r;
   for (int i = 0; i < 4; ++i) std::memcpy(&r.v[4 * i], &a, 16);
@@ -270,9 +264,6 @@ static __m512i _mm512_dpbusd_epi32(__m512i sum, __m512i a, __m512i b) {
   std::memcpy(y, &b, sizeof y);
   for (int i = 0; i < 64; ++i) sum.v[i / 4] += x[i] * y[i];
   return sum;
-}
-static __m512 _mm512_permutevar_ps(__m512 a, __m512i pick) {
-  EMU_EACH(__m512, a.v[i / 4 * 4 + (pick.v[i] & 3)]);
 }
 static __m512 _mm512_mask3_fmadd_ps(__m512 a, __m512 b, __m512 c, __mmask16 m) {
   EMU_EACH(__m512, (m >> i & 1) != 0 ? std::fma(a.v[i], b.v[i], c.v[i]) : c.v[i]);
