@@ -23,6 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -54,6 +55,9 @@ class Engine(Protocol):
     def feed(self, ids: Sequence[int], outputs: str) -> None:
         """Append `ids` in one batch, up to the logits of the "last" or of "all" of them."""
 
+    def meters(self) -> dict[str, Any]:
+        """Counters of where experts came from since it was loaded; empty without tiers."""
+
 
 class Server:
     """Turns requests into calls of an engine, and times them."""
@@ -67,6 +71,8 @@ class Server:
         op, n = str(request.get("op")), int(request.get("n", 0))
         if op == "info":
             return self.engine.info()
+        if op == "meters":
+            return self.engine.meters()
         if n < 1:
             raise UsageError(f"request `{op}` with n = {n}", hint="n is a count from 1 up")
         if op == "threads":
@@ -216,7 +222,6 @@ class Ours:
     def info(self) -> dict[str, Any]:
         """Engine, version, kernels, model."""
         from mimo_local import __version__
-        from mimo_local.benchmark import peak_rss
 
         return {
             "engine": "mimo-local",
@@ -237,10 +242,15 @@ class Ours:
         """A new cache."""
         self.runner.reset()
 
+    def meters(self) -> dict[str, Any]:
+        """The expert store's."""
+        store = self.runner.model.experts
+        return asdict(store.meters) | {"bytes": store.nbytes, "peak_rss": peak_rss()}
+
     def feed(self, ids: Sequence[int], outputs: str) -> None:
         """Steps as the engine makes them: one id, a whole prompt, or rows to verify.
 
-        A prompt's last layer is computed for all rows here whatever `outputs` says.
+        A prompt's last layer runs for all rows only where `outputs` are: as in llama.cpp.
         """
         if len(ids) == 1:
             self.runner.step(ids[0])
@@ -252,7 +262,15 @@ class Ours:
             segment = Segment(torch.tensor(ids, dtype=torch.int64), self.runner.cache)
             self.runner.model.logits(self.runner.model.forward([segment]))
         else:
+            self.runner.whole = outputs == "all"
             self.runner.prefill(ids)
+
+
+def peak_rss() -> int:
+    """Most bytes of memory this process ever had."""
+    from mimo_local.hardware import peak_rss as measured
+
+    return measured()
 
 
 def load_pack(args: argparse.Namespace) -> tuple[Any, Any, str]:
@@ -260,7 +278,15 @@ def load_pack(args: argparse.Namespace) -> tuple[Any, Any, str]:
     from mimo_local.loading import load
     from mimo_local.settings import Settings
 
-    loaded = load(Settings.resolve(model=args.pack, threads=args.threads))
+    loaded = load(
+        Settings.resolve(
+            model=args.pack,
+            threads=args.threads,
+            ram=args.ram,
+            prefetch=args.prefetch,
+            context=args.context,
+        )
+    )
     return loaded.model, loaded.new_cache, loaded.description
 
 
@@ -300,6 +326,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         theirs, ours = kinds.add_parser("llamacpp"), kinds.add_parser("ours")
         theirs.add_argument("gguf", type=Path)
         ours.add_argument("--pack", type=Path)
+        ours.add_argument("--ram", help="most memory to use, like 2GB")
+        ours.add_argument("--prefetch", choices=("auto", "on", "off"))
         ours.add_argument("--slice", type=int, default=3)
         ours.add_argument("--format", default="nf4")
         ours.add_argument("--vocab", type=int, default=1024)

@@ -57,6 +57,10 @@ class LlamaCpp:
             "load_s": round(self.load_s, 1),
         }
 
+    def meters(self) -> dict[str, Any]:
+        """It has none."""
+        return {}
+
     def set_threads(self, n: int) -> None:
         """A new pool: without one, a build without OpenMP starts threads for every token.
 

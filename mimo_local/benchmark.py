@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import random
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +15,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from mimo_local.errors import CancelledError, UsageError
 from mimo_local.events import Progress
+from mimo_local.experts.meters import Meters
+from mimo_local.hardware import peak_rss
 
 if TYPE_CHECKING:
     from mimo_local.cache import KVCache
@@ -46,12 +47,18 @@ class Runner(Protocol):
     def threads(self) -> int:
         """CPU threads in use."""
 
+    def meters(self) -> Meters | None:
+        """What the experts' tiers have counted so far; None where all experts lie in RAM."""
+
 
 class ModelRunner:
     """A `Model` and a cache of its own, kept as `new_cache` makes it (the engine's way)."""
 
-    def __init__(self, model: Model, new_cache: Callable[[], KVCache] | None = None) -> None:
-        self.model = model
+    def __init__(
+        self, model: Model, new_cache: Callable[[], KVCache] | None = None, *, whole: bool = False
+    ) -> None:
+        """`whole`: a prompt's last layer runs for all rows, as where few layers stand for many."""
+        self.model, self.whole = model, whole
         self._new_cache = new_cache or model.new_cache
         self.vocab_size = model.config.vocab_size
         self.max_context = model.config.max_context
@@ -66,9 +73,11 @@ class ModelRunner:
         import torch
 
         from mimo_local.model import Segment
+        from mimo_local.prefill import How
 
         segment = Segment(torch.tensor(ids, dtype=torch.int64), self.cache)
-        self.model.logits(self.model.prefill(segment))
+        how = How(whole=self.whole)
+        self.model.logits(self.model.prefill(segment, how=how))
 
     def step(self, token: int) -> None:
         """One decode step."""
@@ -89,6 +98,11 @@ class ModelRunner:
         native = kernels.get()
         if native is not None:
             native.set_threads(n)
+
+    def meters(self) -> Meters | None:
+        """What the experts' tiers have counted so far; None where all experts lie in RAM."""
+        store = self.model.experts
+        return store.meters.copy() if "disk" in store.nbytes else None
 
     def threads(self) -> int:
         """Threads of the kernels, or torch's without them."""
@@ -123,6 +137,8 @@ class Result:
     test: Test
     threads: int
     samples: tuple[float, ...]
+    experts: Meters | None = None
+    """What the tiers did in the counted runs; None where all experts lie in RAM."""
 
     @property
     def mean(self) -> float:
@@ -145,7 +161,15 @@ class Result:
             "tokens_per_s": self.mean,
             "sd": self.sd,
             "samples": list(self.samples),
+            "experts": None if self.experts is None else asdict(self.experts),
         }
+
+    @property
+    def disk_bytes_per_token(self) -> float:
+        """Bytes of experts read from disk per token of the counted runs."""
+        if self.experts is None:
+            return 0.0
+        return self.experts.disk_bytes / (self.test.tokens * len(self.samples))
 
 
 def plan_tests(
@@ -192,7 +216,7 @@ def run(
         if count is not None:
             runner.set_threads(count)
         for test in tests:
-            samples = []
+            samples, before = [], None
             for rep in range(reps + 1):
                 if cancel is not None and cancel():
                     raise CancelledError("the benchmark was stopped", hint="use fewer --reps")
@@ -200,9 +224,13 @@ def run(
                 done += 1
                 if rep:
                     samples.append(rate)
+                else:
+                    before = runner.meters()
                 if on_progress is not None:
                     on_progress(Progress(f"measuring {test.name}", done, total, "runs"))
-            results.append(Result(test, runner.threads(), tuple(samples)))
+            after = runner.meters()
+            used = None if before is None or after is None else after.since(before)
+            results.append(Result(test, runner.threads(), tuple(samples), used))
     return results
 
 
@@ -220,14 +248,6 @@ def measure(runner: Runner, test: Test) -> float:
         for token in ids[test.depth :]:
             runner.step(token)
     return test.tokens / (time.perf_counter() - start)
-
-
-def peak_rss() -> int:
-    """Largest resident memory of this process so far, in bytes."""
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def machine(hardware: Hardware) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """Half a layer in one native call: attention, or MLP or mixture, each with its norm and residual.
 
-Turns loaded weights into the structs of addresses the library reads (`kernels/src/mimo.h`) and
-keeps them alive; knows no arithmetic. The torch way through the same layer stands in `model`: it is
-taken where there is no library, and is what these calls are tested against. Called by `model`.
+A mixture whose experts are not all in RAM is split: norm and router here, the experts by their
+store. Turns loaded weights into the structs of addresses the library reads (`kernels/src/mimo.h`)
+and keeps them alive; knows no arithmetic. The torch way through the same layer stands in `layers`:
+it is taken where there is no library, and is what these calls are tested against.
 """
 
 from __future__ import annotations
@@ -14,17 +15,23 @@ import torch
 from mimo_local import kernels
 from mimo_local.cache import KVCache
 from mimo_local.config import LayerSpec, ModelConfig
+from mimo_local.experts.store import Store
 from mimo_local.weights import QuantLinear
 
 KV_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 """Dtypes of a cache the library reads -> `mimo_heads.kv_bf16`."""
 
 
-def sequences_of(caches: list[KVCache], counts: list[int]) -> ctypes.Array[kernels.Sequence]:
-    """What every layer of a step shares: where each cache stands and how many rows it gets."""
+def sequences_of(
+    caches: list[KVCache], counts: list[int], at: int = 0
+) -> ctypes.Array[kernels.Sequence]:
+    """What every layer of a step shares: where each cache stands and how many rows it gets.
+
+    `at` rows came before in the same step and are not committed.
+    """
     sequences = (kernels.Sequence * len(caches))()
     for sequence, cache, n in zip(sequences, caches, counts, strict=True):
-        sequence.start, sequence.T = cache.length, n
+        sequence.start, sequence.T = cache.length + at, n
     return sequences
 
 
@@ -71,7 +78,7 @@ class NativeAttention:
         """
         layer, block = self._layer, self._block[caches[0].dtype]
         for cache, sequence in zip(caches, sequences, strict=True):
-            view = cache.room(layer, sequence.T)
+            view = cache.room(layer, sequence.T, at=sequence.start - cache.length)
             sequence.k, sequence.v = view.k.data_ptr(), view.v.data_ptr()
             sequence.first = view.first_position
         self._native.call(
@@ -99,14 +106,7 @@ class NativeMixture:
         """`router`: weight (E, D) and election bias (E,), float32; None for a dense layer."""
         self._native = native
         self._keep = (norm, mlps, router, keep)
-        self._router = None
-        if router is not None:
-            weight, bias = router
-            self._router = kernels.Router(
-                weight.data_ptr(), bias.data_ptr(), *weight.shape, config.experts_per_token,
-                config.n_group, config.topk_group, config.norm_topk_prob,
-                config.routed_scaling_factor, 0.0,
-            )  # fmt: skip
+        self._router = None if router is None else _router_of(config, *router)
         self._block = kernels.MlpBlock(
             norm.data_ptr(), ctypes.addressof(mlps), len(mlps),
             None if self._router is None else ctypes.addressof(self._router),
@@ -119,6 +119,80 @@ class NativeMixture:
             "mixture", ctypes.addressof(self._block), x.data_ptr(), x.shape[0],
             None if delta is None else delta.data_ptr(),
         )  # fmt: skip
+
+
+class NativeRouting:
+    """norm and router: what a mixture does before its experts."""
+
+    def __init__(
+        self,
+        native: kernels.Kernels,
+        config: ModelConfig,
+        *,
+        norm: torch.Tensor,
+        router: tuple[torch.Tensor, torch.Tensor],
+    ) -> None:
+        """`router`: weight (E, D) and election bias (E,), float32."""
+        self._native, self._norm, self._eps = native, norm, config.rms_eps
+        self._keep = router
+        self._router = _router_of(config, *router)
+        self._k = config.experts_per_token
+
+    def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x (T, D) f32 -> normed (T, D), ids (T, K) int32 ascending, weights (T, K) f32."""
+        n, normed = x.shape[0], torch.empty_like(x)
+        ids, w = torch.empty((n, self._k), dtype=torch.int32), torch.empty((n, self._k))
+        self.into(x, normed, ids, w)
+        return normed, ids, w
+
+    def into(
+        self, x: torch.Tensor, normed: torch.Tensor, ids: torch.Tensor, w: torch.Tensor
+    ) -> None:
+        """As the call, into contiguous tensors of these shapes."""
+        (n, d), at = x.shape, normed.data_ptr()
+        self._native.call(
+            "rms_norm", x.data_ptr(), d, n, d, self._norm.data_ptr(), self._eps, at, d
+        )
+        self._native.call(
+            "route", ctypes.addressof(self._router), at, d, n, ids.data_ptr(), w.data_ptr()
+        )
+
+
+class SplitMixture:
+    """As `NativeMixture` bit for bit, the experts run by their store: it sees who is chosen."""
+
+    def __init__(
+        self,
+        layer: int,
+        store: Store,
+        routing: NativeRouting,
+        following: tuple[int, NativeRouting] | None,
+    ) -> None:
+        """`following`: the next mixture layer and its routing, None for the last one."""
+        self._layer, self._store, self._routing = layer, store, routing
+        self._following = following
+
+    def __call__(self, x: torch.Tensor, delta: torch.Tensor | None) -> None:
+        """As `NativeAttention`."""
+        normed, ids, w = self._routing(x)
+        if self._following is not None and self._store.wants_guesses:
+            # What the next layer would choose from x without this layer's experts and its own
+            # attention: residuals change slowly, so most of its choices are among them.
+            layer, routing = self._following
+            self._store.expect(layer, routing(x)[1])
+        y = self._store.run(self._layer, normed, ids, w)
+        if delta is None:
+            x.add_(y)
+        else:
+            delta.copy_(y)
+
+
+def _router_of(config: ModelConfig, weight: torch.Tensor, bias: torch.Tensor) -> kernels.Router:
+    return kernels.Router(
+        weight.data_ptr(), bias.data_ptr(), *weight.shape, config.experts_per_token,
+        config.n_group, config.topk_group, config.norm_topk_prob,
+        config.routed_scaling_factor, 0.0,
+    )  # fmt: skip
 
 
 def mlp_of(gate: QuantLinear, up: QuantLinear, down: QuantLinear) -> kernels.Mlp:

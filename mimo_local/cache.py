@@ -1,8 +1,9 @@
 """KVCache: one sequence's keys and values; sliding layers keep a constant few rows, full ones all.
 
-Knows positions and rows, not what attention does with them. A step calls `append` once per layer
-and `advance` at its end; only `advance` commits, so a step that fails or is cancelled on the way
-leaves the cache as it was. Called by `model`; `generate` and `engine` truncate, snapshot and save.
+Knows positions and rows, not what attention does with them. A step calls `append` once per layer,
+or for one piece of its rows after the other, and `advance` at its end; only `advance` commits, so a
+step that fails or is cancelled on the way leaves the cache as it was. Called by `layers`; `model`
+commits; `generate` and `engine` truncate, snapshot and save.
 """
 
 from __future__ import annotations
@@ -61,24 +62,31 @@ class RingKV(_Store):
         self.first = 0
         """Position of row 0; every row from there to the cache's length is valid."""
         self.pending: tuple[torch.Tensor, torch.Tensor] | None = None
-        """The last rows of a step too long for the spare room, until it is committed."""
+        """The last uncommitted rows of a step too long for the spare room."""
 
-    def room(self, length: int, n_new: int) -> View:
-        """Rows first .. length + n_new with the last n_new still to be written, uncommitted."""
-        self.pending = None
-        if length - self.first + n_new > self.k.shape[0]:
-            self._shift(max(self.first, length - self.keep), length)
-        row = length - self.first
-        if row + n_new <= self.k.shape[0]:
+    def room(self, length: int, n_new: int, at: int = 0) -> View:
+        """Rows up to length + at + n_new, the last n_new of them still to be written.
+
+        The `at` rows from `length` on came before in the same step; nothing is committed.
+        """
+        if at == 0:
+            self.pending = None
+            if length - self.first + n_new > self.k.shape[0]:
+                self._shift(max(self.first, length - self.keep), length)
+        end = length + at
+        row = end - self.first
+        if self.pending is None and row + n_new <= self.k.shape[0]:
             # Beyond `length` nothing is valid yet: a failed step leaves only unread bytes behind.
             return View(self.k[: row + n_new], self.v[: row + n_new], self.first)
-        start = max(self.first, length - self.need)
-        base = start - self.first
-        size = row - base + n_new
-        all_k, all_v = (_like(old, size) for old in (self.k, self.v))
-        all_k[: row - base], all_v[: row - base] = self.k[base:row], self.v[base:row]
-        self.pending = (all_k[-n_new:], all_v[-n_new:])
-        return View(all_k, all_v, start)
+        start = max(self.first, end - self.keep)
+        parts = (None, None) if self.pending is None else self.pending
+        k, v = (
+            _joined(ring[start - self.first :], end - start, part, n_new)
+            for ring, part in zip((self.k, self.v), parts, strict=True)
+        )
+        fresh = end + n_new - max(start, length)
+        self.pending = (k[-fresh:], v[-fresh:])
+        return View(k, v, start)
 
     def settle(self) -> None:
         """Of the rows written into `room` for a long step, keep only those `advance` will need."""
@@ -136,11 +144,11 @@ class FullKV(_Store):
         self.k = _empty((capacity, spec.kv_heads, spec.head_dim), dtype, device)
         self.v = _empty((capacity, spec.kv_heads, spec.v_head_dim), dtype, device)
 
-    def room(self, length: int, n_new: int) -> View:
-        """All rows and n_new more, which are still to be written, uncommitted."""
-        end = length + n_new
+    def room(self, length: int, n_new: int, at: int = 0) -> View:
+        """All rows, `at` uncommitted ones, and n_new more, which are still to be written."""
+        end = length + at + n_new
         if end > self.k.shape[0]:
-            self._grow(length, end)
+            self._grow(length + at, end)
         return View(self.k[:end], self.v[:end], 0)
 
     def settle(self) -> None:
@@ -220,25 +228,32 @@ class KVCache:
         sizes = [(layer.kind, layer.nbytes) for layer in self.layers]
         return {kind: sum(n for k, n in sizes if k == kind) for kind in ("swa", "full")}
 
-    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> View:
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor, *, at: int = 0) -> View:
         """Add k (T, G, dk), v (T, G, dv) after the committed rows of one layer, not yet committed.
 
-        Appending again before `advance` replaces them. Rounded to the storage dtype, and the view
-        shows the rounded rows: a prompt read in pieces attends to what it would see whole.
+        Appending again before `advance` replaces them. A step may come in pieces that follow each
+        other: `at` is how many of its rows the layer already has. Rounded to the storage dtype, and
+        the view shows the rounded rows: a prompt read in pieces attends to what it would see whole.
         """
         n, store = k.shape[0], self.layers[layer]
-        view = store.room(self.length, n)
+        view = store.room(self.length, n, at)
         view.k[view.k.shape[0] - n :] = k
         view.v[view.v.shape[0] - n :] = v
         store.settle()
         return view
 
-    def room(self, layer: int, n: int) -> View:
+    def room(self, layer: int, n: int, *, at: int = 0) -> View:
         """As `append`, with the last n rows of the view still to be written by the caller.
 
-        Once they are, `settle(layer)`: only `advance` is left to do.
+        Once they are, `settle(layer)`: only the next piece or `advance` is left to do.
         """
-        return self.layers[layer].room(self.length, n)
+        return self.layers[layer].room(self.length, n, at)
+
+    def reserve(self, n: int) -> None:
+        """Have room for n more rows in full layers: they grow once, not piece by piece."""
+        for layer in self.layers:
+            if isinstance(layer, FullKV):
+                layer.room(self.length, n)
 
     def settle(self, layer: int) -> None:
         """The rows asked for by `room` are written: let go of what `advance` will not need."""
@@ -333,5 +348,11 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
         return torch.empty(shape, dtype=dtype, device=device)
 
 
-def _like(old: torch.Tensor, rows: int) -> torch.Tensor:
-    return _empty((rows, *old.shape[1:]), old.dtype, old.device)
+def _joined(old: torch.Tensor, n: int, more: torch.Tensor | None, n_new: int) -> torch.Tensor:
+    """A new buffer of n rows and n_new to come: the last are those of `more`, others of `old`."""
+    joined = _empty((n + n_new, *old.shape[1:]), old.dtype, old.device)
+    rest = n if more is None else n - more.shape[0]
+    joined[:rest] = old[:rest]
+    if more is not None:
+        joined[rest:n] = more
+    return joined

@@ -24,6 +24,7 @@ from mimo_local.errors import (
     UsageError,
 )
 from mimo_local.events import Done, Failed, FinishReason, Prefill, Progress, Stats, Token
+from mimo_local.experts.meters import figures
 from mimo_local.sampler import Sampler, SamplingParams
 from mimo_local.stream import NO_ID, Stream, TextOutput
 
@@ -32,7 +33,9 @@ if TYPE_CHECKING:
 
     from mimo_local.cache import KVCache, Snapshot
     from mimo_local.config import ModelConfig
+    from mimo_local.experts.meters import Meters
     from mimo_local.model import Model
+    from mimo_local.runs import Recorder
     from mimo_local.settings import Settings
     from mimo_local.tokenizer import Tokenizer
 
@@ -95,6 +98,8 @@ class _Request:
     tokens: int = 0
     first_token: float = 0.0
     reported: tuple[int, float] = field(default=(0, 0.0))
+    meters: Meters | None = None
+    """The experts' meters when the request's turn came."""
 
 
 class Engine:
@@ -110,8 +115,12 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         new_cache: Callable[[], KVCache] | None = None,
         kernel: str = "",
+        recorder: Recorder | None = None,
     ) -> None:
-        """`new_cache`: how sessions keep keys and values; by default the model's own way."""
+        """`new_cache`: how sessions keep keys and values; by default the model's own way.
+
+        `recorder`: told what each answer took.
+        """
         self.name, self.description, self.kernel = name, description, kernel
         self.tokenizer, self.context_limit = tokenizer, context_limit
         self.config: ModelConfig = model.config
@@ -120,6 +129,7 @@ class Engine:
         )
         self._model = model
         self._new_cache = new_cache or model.new_cache
+        self._recorder = recorder
         self._work: deque[_Request | tuple[Future[Tensor], list[int]]] = deque()
         self._ready = threading.Condition()
         self._closing = False
@@ -145,6 +155,7 @@ class Engine:
             tokenizer=found.tokenizer,
             new_cache=found.new_cache,
             kernel=found.kernel,
+            recorder=found.recorder,
         )
 
     def new_session(self) -> Session:
@@ -186,6 +197,7 @@ class Engine:
             self._ready.notify_all()
         if threading.current_thread() is not self._thread:
             self._thread.join()
+            self._model.experts.close()
         atexit.unregister(self.close)
 
     def __enter__(self) -> Engine:
@@ -243,6 +255,7 @@ class Engine:
             context_used=len(request.session.ids),
             context_limit=self.context_limit,
             cache_bytes=sum(request.session.cache.nbytes.values()),
+            experts=figures(self._model.experts, request.meters),
             kernel=self.kernel,
         )
 
@@ -252,7 +265,10 @@ class Engine:
         while (work := self._next()) is not None:
             try:
                 if isinstance(work, _Request):
-                    work.stream.put(Done(self._answer(work), self._stats(work)))
+                    done = Done(self._answer(work), self._stats(work))
+                    work.stream.put(done)
+                    if self._recorder is not None:
+                        self._recorder.end(done.stats)
                 else:
                     work[0].set_result(self._all_logits(work[1]))
             except BaseException as error:
@@ -285,7 +301,10 @@ class Engine:
         from mimo_local.generate import generate
 
         session, stream, text = request.session, request.stream, request.text
+        if self._recorder is not None:
+            self._recorder.begin()
         request.started = time.monotonic()
+        request.meters = self._model.experts.meters.copy()
         # At least one id must go through the model again: its logits are where the answer starts.
         session.rewind(min(session.common_prefix(request.ids), len(request.ids) - 1))
         request.cached = session.cache.length
@@ -309,6 +328,8 @@ class Engine:
                 break
             if not request.tokens:
                 request.first_token = time.monotonic()
+                if self._recorder is not None:
+                    self._recorder.first_token()
                 session.remember()
             request.tokens += 1
             piece, stopped = text.push(token)

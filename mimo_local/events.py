@@ -45,6 +45,34 @@ class Token:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertFigures:
+    """Where the experts of a request came from, for models whose experts are not all in RAM."""
+
+    wanted: int = 0
+    """Experts asked for: distinct ones per layer and step, long prompts left out."""
+    vram_hits: int = 0
+    ram_hits: int = 0
+    staged_hits: int = 0
+    """Read ahead on a guess that came true."""
+    misses: int = 0
+    disk_bytes: int = 0
+    prompt_disk_bytes: int = 0
+    """Of these for long prompts."""
+    wait_s: float = 0.0
+    """Seconds spent waiting for the disk."""
+    ram_bytes: int = 0
+    """Memory of the RAM tier now."""
+    vram_bytes: int = 0
+    prefetching: bool = False
+    note: str = ""
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the wanted experts that had not to be waited for from the disk's start."""
+        return 1 - self.misses / self.wanted if self.wanted else 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Stats:
     """Figures of one request."""
 
@@ -58,14 +86,24 @@ class Stats:
     context_limit: int = 0
     cache_bytes: int = 0
     """Bytes of this session's key/value cache."""
+    experts: ExpertFigures | None = None
+    """None where all experts lie in RAM."""
     kernel: str = ""
-    """`avx512`, `avx_vnni`, `avx2`, `scalar`, or `reference (slow)`."""
+    """`amx`, `avx512`, `avx_vnni`, `avx2`, `scalar`, or `reference (slow)`."""
 
     @property
     def prefill_tokens_per_s(self) -> float:
         """Processed (not cached) prompt tokens per second."""
         new = self.prompt_tokens - self.cached_tokens
         return new / self.prefill_s if self.prefill_s > 0 else 0.0
+
+    @property
+    def disk_bytes_per_token(self) -> float:
+        """Bytes of experts read from disk per generated token; 0 where there is no disk tier."""
+        steps = self.completion_tokens - 1
+        if self.experts is None or steps < 1:
+            return 0.0
+        return (self.experts.disk_bytes - self.experts.prompt_disk_bytes) / steps
 
     @property
     def decode_tokens_per_s(self) -> float:

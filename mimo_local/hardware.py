@@ -77,7 +77,7 @@ class Hardware:
     """Cores' worth of time the cgroup grants, None without a limit."""
     isa_flags: tuple[str, ...]
     kernels: str
-    """`avx512`, `avx_vnni`, `avx2`, `scalar`, or `reference (slow)`: what the products run on."""
+    """`amx`, `avx512`, `avx_vnni`, `avx2`, `scalar`, or `reference (slow)`: what the products run on."""
     ram_total: int
     """Bytes this process may use: physical memory or the cgroup's limit, the smaller."""
     ram_available: int
@@ -247,6 +247,14 @@ def measure_ram(seconds: float = 0.3, *, threads: int | None = None, size: int =
 
     rate = _rate(scan, count, seconds)
     return Speed(rate, f"{count} thread{'s' if count > 1 else ''}")
+
+
+def peak_rss() -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def usable_cores(root: Path = Path("/")) -> int:

@@ -7,27 +7,20 @@ in. Knows ids and tensors, no text and no sampling. Called by `generate` and `en
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import TypeAlias
 
 import torch
-import torch.nn.functional as F
 
-from mimo_local import kernels, ops
-from mimo_local.blocks import KV_DTYPES, NativeAttention, NativeMixture, mlp_of, sequences_of
+from mimo_local import ops, prefill
 from mimo_local.cache import KVCache
-from mimo_local.config import Attention as Kind
-from mimo_local.config import LayerSpec, ModelConfig
 from mimo_local.errors import CancelledError, ContextOverflowError, UsageError
 from mimo_local.events import Progress
-from mimo_local.experts import ExpertStore
-from mimo_local.weights import OnProgress, QuantLinear, Weights, stack
-
-Trace: TypeAlias = Callable[[str, torch.Tensor], None]
-Cancel: TypeAlias = Callable[[], bool]
+from mimo_local.experts.store import Store
+from mimo_local.layers import Layer, MoE, Step, Trace
+from mimo_local.prefill import Cancel
+from mimo_local.weights import OnProgress, QuantLinear, Weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,175 +37,32 @@ class Segment:
         return range(self.cache.length, self.cache.length + self.ids.shape[0])
 
 
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """What the layers of one forward share."""
-
-    caches: list[KVCache]
-    counts: list[int]
-    rope: dict[Kind, tuple[torch.Tensor, torch.Tensor]]
-    """cos and sin (T, 1, r) by kind of attention."""
-    sequences: ctypes.Array[kernels.Sequence] | None
-    """The caches as the native library sees them; None where it cannot be used."""
-
-
-class Attention:
-    """Grouped attention of one layer; queries, keys and values come from one product."""
-
-    def __init__(self, weights: Weights, spec: LayerSpec, config: ModelConfig) -> None:
-        prefix = f"model.layers.{spec.index}.self_attn."
-        self.spec = spec
-        self.qkv = stack([weights.linear(f"{prefix}{part}_proj.weight") for part in "qkv"])
-        self.out = weights.linear(prefix + "o_proj.weight")
-        self.sink = weights.tensor(prefix + "attention_sink_bias") if spec.has_sink else None
-        self.value_scale = config.value_scale
-
-    def __call__(self, x: torch.Tensor, step: _Step) -> torch.Tensor:
-        """x (T, D) normed -> (T, D); appends to every sequence's cache."""
-        spec, n = self.spec, x.shape[0]
-        joint = self.qkv(x)
-        turned = (spec.heads + spec.kv_heads) * spec.head_dim
-        qk = joint[:, :turned].view(n, -1, spec.head_dim)
-        ops.rotate_(qk, *step.rope[spec.attention])
-        q, k = qk[:, : spec.heads], qk[:, spec.heads :]
-        v = joint[:, turned:].view(n, spec.kv_heads, spec.v_head_dim)
-        if self.value_scale != 1.0:
-            v.mul_(self.value_scale)
-        if len(step.caches) == 1:
-            return self.out(self._attend(step.caches[0], q, k, v))
-        pieces = zip(step.caches, *(torch.split(y, step.counts) for y in (q, k, v)), strict=True)
-        return self.out(torch.cat([self._attend(*piece) for piece in pieces]))
-
-    def _attend(
-        self, cache: KVCache, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-    ) -> torch.Tensor:
-        view = cache.append(self.spec.index, k, v)
-        return ops.attention(
-            q, view.k, view.v,
-            start=cache.length, first=view.first_position,
-            window=self.spec.window, sink=self.sink,
-        )  # fmt: skip
-
-
-class MLP:
-    """down(silu(gate x) * up x)."""
-
-    def __init__(self, weights: Weights, spec: LayerSpec) -> None:
-        prefix = f"model.layers.{spec.index}.mlp."
-        self.gate = weights.linear(prefix + "gate_proj.weight")
-        self.up = weights.linear(prefix + "up_proj.weight")
-        self.down = weights.linear(prefix + "down_proj.weight")
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x (T, D) -> (T, D)."""
-        return self.down(F.silu(self.gate(x)).mul_(self.up(x)))
-
-
-class MoE:
-    """A router and the experts it chooses from."""
-
-    def __init__(
-        self, weights: Weights, spec: LayerSpec, config: ModelConfig, experts: ExpertStore
-    ) -> None:
-        prefix = f"model.layers.{spec.index}.mlp.gate."
-        self.layer, self.config, self.experts = spec.index, config, experts
-        self.router = weights.tensor(prefix + "weight")
-        self.bias = weights.tensor(prefix + "e_score_correction_bias")
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x (T, D) -> (T, D)."""
-        ids, w = ops.route(x, self.router, self.bias, self.config)
-        return self.experts.run(self.layer, x, ids, w)
-
-
-class Layer:
-    """Attention, then MLP or experts, each on the normed residual stream and added to it."""
-
-    def __init__(
-        self, weights: Weights, spec: LayerSpec, config: ModelConfig, experts: ExpertStore
-    ) -> None:
-        prefix = f"model.layers.{spec.index}."
-        self.name = f"layers.{spec.index}"
-        self.config = config
-        self.input_norm = weights.tensor(prefix + "input_layernorm.weight")
-        self.post_norm = weights.tensor(prefix + "post_attention_layernorm.weight")
-        self.attention = Attention(weights, spec, config)
-        self.mlp: MLP | MoE = (
-            MLP(weights, spec) if spec.mlp == "dense" else MoE(weights, spec, config, experts)
-        )
-
-    def __call__(self, x: torch.Tensor, step: _Step, trace: Trace | None) -> torch.Tensor:
-        """x (T, D) -> (T, D), in place."""
-        if step.sequences is not None and trace is None:
-            self._native_attention(x, step.caches, step.sequences, self._rope(step), None)
-            self._native_mlp(x, None)
-            return x
-        attended = self._attended(x, step)
-        x.add_(attended)
-        mixed = self._mixed(x, step)
-        x.add_(mixed)
-        if trace is not None:
-            trace(f"{self.name}.attention", attended)
-            trace(f"{self.name}.mlp", mixed)
-            trace(self.name, x.clone())
-        return x
-
-    def _rope(self, step: _Step) -> tuple[torch.Tensor, torch.Tensor]:
-        return step.rope[self.attention.spec.attention]
-
-    def _attended(self, x: torch.Tensor, step: _Step) -> torch.Tensor:
-        if step.sequences is None:
-            return self.attention(ops.rms_norm(x, self.input_norm, self.config.rms_eps), step)
-        delta = torch.empty_like(x)
-        self._native_attention(x, step.caches, step.sequences, self._rope(step), delta)
-        return delta
-
-    def _mixed(self, x: torch.Tensor, step: _Step) -> torch.Tensor:
-        if step.sequences is None:
-            return self.mlp(ops.rms_norm(x, self.post_norm, self.config.rms_eps))
-        delta = torch.empty_like(x)
-        self._native_mlp(x, delta)
-        return delta
-
-    # Built when a step first needs them; they hold addresses into the parts above.
-
-    @cached_property
-    def _native_attention(self) -> NativeAttention:
-        part = self.attention
-        return NativeAttention(
-            kernels.loaded(), part.spec, self.config, norm=self.input_norm,
-            qkv=part.qkv, out=part.out, sink=part.sink, value_scale=part.value_scale,
-        )  # fmt: skip
-
-    @cached_property
-    def _native_mlp(self) -> NativeMixture:
-        part, native = self.mlp, kernels.loaded()
-        if isinstance(part, MLP):
-            mlp = (kernels.Mlp * 1)(mlp_of(part.gate, part.up, part.down))
-            return NativeMixture(
-                native, self.config, norm=self.post_norm, mlps=mlp, router=None, keep=part
-            )
-        mlps, keep = part.experts.mlps(part.layer)
-        router = (part.router, part.bias)
-        return NativeMixture(
-            native, part.config, norm=self.post_norm, mlps=mlps, router=router, keep=keep
-        )
-
-
 class Model:
     """The main model, MTP layers left out."""
 
     def __init__(
-        self, weights: Weights, experts: ExpertStore, *, on_progress: OnProgress | None = None
+        self,
+        weights: Weights,
+        experts: Store,
+        *,
+        hidden_budget: int | None = None,
+        on_progress: OnProgress | None = None,
     ) -> None:
-        """Read everything but the experts; their store is already loaded."""
+        """Read everything but the experts; their store is already loaded.
+
+        `hidden_budget`: bytes of a long prompt's hidden states, see `prefill.How`.
+        """
         config = self.config = weights.config
+        self.experts, self.hidden_budget = experts, hidden_budget
         self.embedding = weights.embedding("model.embed_tokens.weight")
         self.layers: list[Layer] = []
         for spec in config.layers:
             self.layers.append(Layer(weights, spec, config, experts))
             if on_progress is not None:
                 on_progress(Progress("loading layers", len(self.layers), config.n_layers, "layers"))
+        mixtures = [layer for layer in self.layers if isinstance(layer.mlp, MoE)]
+        for layer, following in itertools.pairwise(mixtures):
+            layer.following = following
         self.norm = weights.tensor("model.norm.weight")
         self.head: QuantLinear = (
             self.embedding.linear if config.tie_embeddings else weights.linear("lm_head.weight")
@@ -249,10 +99,8 @@ class Model:
     ) -> torch.Tensor:
         ids = self._check(segments)
         counts = [segment.ids.shape[0] for segment in segments]
-        spans = [(s.cache.length, n) for s, n in zip(segments, counts, strict=True)]
-        rope = {kind: table.rows(spans) for kind, table in self.ropes.items()}
         caches = [segment.cache for segment in segments]
-        step = _Step(caches, counts, rope, self._sequences(caches, counts))
+        step = Step.of(caches, counts, self.ropes, self.norm.device)
         x = self.embedding.rows(ids)
         if trace is not None:
             trace("embedding", x.clone())
@@ -268,16 +116,6 @@ class Model:
         for cache, n in zip(step.caches, counts, strict=True):
             cache.advance(n)
         return x
-
-    def _sequences(
-        self, caches: list[KVCache], counts: list[int]
-    ) -> ctypes.Array[kernels.Sequence] | None:
-        """The step for the native library, which serves this machine's memory and one KV dtype."""
-        if kernels.get() is None or self.norm.device.type != "cpu":
-            return None
-        if len({cache.dtype for cache in caches}) > 1 or caches[0].dtype not in KV_DTYPES:
-            return None
-        return sequences_of(caches, counts)
 
     def _check(self, segments: Sequence[Segment]) -> torch.Tensor:
         """All ids in one tensor, after refusing what no forward can process."""
@@ -307,17 +145,28 @@ class Model:
         segment: Segment,
         *,
         chunk: int = 512,
+        layer_major_from: int = prefill.LEAST_ROWS,
+        how: prefill.How | None = None,
         on_progress: OnProgress | None = None,
         cancel: Cancel | None = None,
     ) -> torch.Tensor:
-        """Process a long prompt in chunks -> hidden (1, D) of its last row.
+        """Process a prompt -> hidden (1, D) of its last row.
 
-        Asks `cancel` before every layer and raises CancelledError when it says so; the cache then
-        holds the chunks finished before.
+        From `layer_major_from` rows on, if there are experts, layer by layer (`prefill.Reader`):
+        `cancel` is asked between experts, and a prompt that is stopped or fails leaves the cache as
+        it was. Else in chunks, `cancel` asked before every layer, the cache keeping the chunks
+        finished before. Raises CancelledError, UsageError, ContextOverflowError, DiskSpaceError.
         """
         ids, total = segment.ids, segment.ids.shape[0]
-        end = segment.positions.stop
-        if end > self.config.max_context:
+        if total >= layer_major_from and self.config.is_moe:
+            self._check([segment])
+            how = how or prefill.How(chunk, self.hidden_budget)
+            reader = prefill.Reader(
+                self.layers, self.embedding, self.ropes, segment.cache, how,
+                on_progress=on_progress, cancel=cancel,
+            )  # fmt: skip
+            return ops.rms_norm(reader.read(ids), self.norm, self.config.rms_eps)
+        if segment.positions.stop > self.config.max_context:
             self._check([segment])
         hidden = None
         for start in range(0, max(total, 1), chunk):

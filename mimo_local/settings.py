@@ -8,6 +8,7 @@ no tensor and no preset; called by cli, api and tui.
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -18,6 +19,7 @@ from typing import Any, Final, Literal, get_args
 from mimo_local.errors import UsageError
 
 KvDtype = Literal["auto", "f32", "bf16"]
+Prefetch = Literal["auto", "on", "off"]
 PACK_MANIFEST: Final = "pack.json"
 """The file whose presence makes a folder a finished pack (it is written last)."""
 
@@ -92,6 +94,28 @@ def _number(low: float, high: float, *, above: bool = False) -> Callable[[Any], 
     return check
 
 
+def parse_size(text: str) -> int:
+    """`24GB`, `24G`, `23.5 GiB`, `1TB` in bytes; GB is 10^9, GiB is 2^30. ValueError."""
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)(i?)b?\s*", text, re.I)
+    if not found or (found[3] and not found[2]):
+        raise ValueError("a size like 24GB, 23.5GiB or 1TB")
+    power = " kmgt".index(found[2].lower() or " ")
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+
+
+def _size(value: Any) -> int:
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    if not isinstance(value, str):
+        raise ValueError("a size like 24GB, 23.5GiB or 1TB")
+    return parse_size(value)
+
+
+def _room(value: Any) -> int:
+    """A size, or 0 for none of it."""
+    return 0 if value in (0, "0") and not isinstance(value, bool) else _size(value)
+
+
 def _choice(*names: str) -> Callable[[Any], str]:
     def check(value: Any) -> str:
         if value not in names:
@@ -130,6 +154,9 @@ class Settings:
     model: Path | None = None
     context: int | None = None
     threads: int | None = None
+    ram: int | None = None
+    vram: int | None = None
+    prefetch: Prefetch = "auto"
     kv_dtype: KvDtype = "auto"
     window: int | None = None
     preset: str = "chat"
@@ -192,6 +219,18 @@ _RULES: Final[dict[str, tuple[Callable[[Any], Any], str]]] = {
         "most tokens of prompt and answer together; unset: what the RAM allows",
     ),
     "threads": (_integer(1, 4096), "CPU threads; unset: one per physical core"),
+    "ram": (
+        _size,
+        "most RAM to use, like 48GB: what does not fit stays on disk; unset: what is free",
+    ),
+    "vram": (
+        _room,
+        "most GPU memory for experts, like 12GB; 0: none; unset: what is free, if there is a GPU",
+    ),
+    "prefetch": (
+        _choice(*get_args(Prefetch)),
+        "read the next layer's likely experts ahead; auto: while that is measured to be faster",
+    ),
     "kv_dtype": (
         _choice(*get_args(KvDtype)),
         "how keys and values are kept; auto: bf16 for packs, f32 for checkpoints",

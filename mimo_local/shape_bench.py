@@ -20,7 +20,8 @@ import torch
 from mimo_local import benchmark, hardware, kernels, limits
 from mimo_local.errors import NotEnoughMemoryError, UsageError
 from mimo_local.events import Progress
-from mimo_local.experts import ExpertStore, available_memory
+from mimo_local.experts.memory import available_memory
+from mimo_local.experts.store import ExpertStore
 from mimo_local.model import Model
 from mimo_local.random_weights import RandomWeights, shape_config
 from mimo_local.shape_runs import AttentionCase, Slice
@@ -352,7 +353,7 @@ class ShapeBench:
             "disk_note": self.disk[1],
             "machine": benchmark.machine(machine),
             "made_s": None if self.made_s is None else _round(self.made_s),
-            "peak_rss_bytes": benchmark.peak_rss(),
+            "peak_rss_bytes": hardware.peak_rss(),
         }
 
 

@@ -15,7 +15,7 @@ import torch
 from mimo_local import kernels, ops
 from mimo_local.benchmark import SEED, ModelRunner
 from mimo_local.config import LayerSpec
-from mimo_local.experts import ExpertStore
+from mimo_local.experts.store import ExpertStore
 from mimo_local.model import Model, Segment
 from mimo_local.random_weights import RandomWeights
 
@@ -33,7 +33,7 @@ class Slice:
         self.weights, self.model, self.store = weights, model, store
         self.config = weights.config
         self.runner = ModelRunner(
-            model, lambda: model.new_cache(dtype=torch.bfloat16, slack=most_rows)
+            model, lambda: model.new_cache(dtype=torch.bfloat16, slack=most_rows), whole=True
         )
         self._random = random.Random(SEED)
 

@@ -50,6 +50,11 @@ class QuantLinear:
         self.parts = {name: part.contiguous() for name, part in self.parts.items()}
         return self.format.matrix(self.parts)
 
+    def below(self, first: int) -> QuantLinear:
+        """The matrix of the rows from `first` on; the bytes are shared."""
+        parts = {name: part[first:] for name, part in self.parts.items()}
+        return QuantLinear(self.format, parts, self.rows - first, self.cols)
+
     @property
     def nbytes(self) -> int:
         """Bytes of all parts."""

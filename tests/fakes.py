@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from mimo_local.errors import MimoError, UsageError
 from mimo_local.events import Done, Event, Failed, FinishReason, Prefill, Stats, Token
+from mimo_local.experts.meters import Meters
 
 if TYPE_CHECKING:
     import torch
@@ -301,6 +302,18 @@ class FakeCache:
         del self.held[n:]
 
 
+class FakeExperts:
+    """What the engine asks of a model's experts; `closed` says it was closed."""
+
+    def __init__(self) -> None:
+        self.meters, self.nbytes = Meters(), {"ram": 0}
+        self.notes: list[str] = []
+        self.wants_guesses = self.closed = False
+
+    def close(self) -> None:
+        self.closed = True
+
+
 class FakeModel:
     """Hidden row t = hash of all ids up to t, so any slip in the cache changes what comes next.
 
@@ -324,6 +337,7 @@ class FakeModel:
         self.config = SimpleNamespace(
             model_type="fake", vocab_size=vocab, max_context=1 << 20, eos_ids=()
         )
+        self.experts = FakeExperts()
         self.rows = 0
         """Rows forwarded so far: what prefix reuse saves."""
 

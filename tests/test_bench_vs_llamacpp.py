@@ -193,9 +193,10 @@ def test_a_stopped_worker_does_not_outlive_its_parent(tmp_path: Path) -> None:
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
     wait = time.monotonic() + 5
-    while state(int(done.stdout)) == "T" and time.monotonic() < wait:
+    ended = ("Z", "X", "gone")  # on a busy machine it is seen running its end first
+    while state(int(done.stdout)) not in ended and time.monotonic() < wait:
         time.sleep(0.01)
-    assert state(int(done.stdout)) in ("Z", "X", "gone")
+    assert state(int(done.stdout)) in ended
 
 
 class FakeWorker:

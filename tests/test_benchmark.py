@@ -12,8 +12,10 @@ import pytest
 
 from mimo_local import benchmark, hardware
 from mimo_local.benchmark import Result, Test
+from mimo_local.cli import tables
 from mimo_local.errors import CancelledError, UsageError
 from mimo_local.events import Progress
+from mimo_local.experts.meters import Meters
 
 
 class FakeRunner:
@@ -26,6 +28,7 @@ class FakeRunner:
         self.prefill_s, self.step_s = prefill_s, step_s
         self.calls: list[tuple[str, object]] = []
         self.used = 8
+        self.counted: Meters | None = None
 
     def reset(self) -> None:
         self.calls.append(("reset", None))
@@ -37,10 +40,18 @@ class FakeRunner:
     def step(self, token: int) -> None:
         self.calls.append(("step", token))
         time.sleep(self.step_s)
+        if self.counted is not None:
+            self.counted.ram_hits += 3
+            self.counted.misses += 1
+            self.counted.disk_bytes += 10_000_000
+            self.counted.wait_s += 0.5
 
     def set_threads(self, n: int) -> None:
         self.calls.append(("threads", n))
         self.used = n
+
+    def meters(self) -> Meters | None:
+        return None if self.counted is None else self.counted.copy()
 
     def threads(self) -> int:
         return self.used
@@ -82,6 +93,22 @@ def test_without_thread_counts_the_model_runs_as_it_was_loaded() -> None:
     (result,) = benchmark.run(runner, [Test("tg", 2)], reps=1)
     assert result.threads == 8
     assert not any(call == "threads" for call, _ in runner.calls)
+
+
+def test_with_tiers_the_table_says_where_the_experts_came_from() -> None:
+    runner = FakeRunner()
+    runner.counted = Meters(ram_hits=100)  # from loading
+    results = benchmark.run(runner, [Test("tg", 4), Test("pp", 8)], reps=2)
+    counted = results[0].experts
+    assert counted is not None
+    assert (counted.ram_hits, counted.misses) == (2 * 4 * 3, 2 * 4)  # the warm-up left out
+    assert results[0].disk_bytes_per_token == 10_000_000
+    assert results[0].to_dict()["experts"]["wait_s"] == 4.0
+    lines = tables.bench(results).splitlines()
+    head, _, decode, prompt = ([cell.strip() for cell in line.split("|")[4:9]] for line in lines)
+    assert head == ["VRAM", "RAM", "ahead", "disk", "from disk/token"]
+    assert decode == ["0%", "75%", "0%", "25%", "10.0 MB"]
+    assert prompt == ["", "", "", "", "0.0 MB"]
 
 
 def test_mean_and_sd() -> None:

@@ -10,9 +10,9 @@ import pytest
 import tiny
 import torch
 
-from mimo_local import kernels
+from mimo_local import kernels, ops
 from mimo_local.errors import NativeError
-from mimo_local.experts import ExpertStore
+from mimo_local.experts.store import ExpertStore
 from mimo_local.model import Model, Segment
 from mimo_local.weights import open_weights
 from quant.convert import Recipe, convert
@@ -151,3 +151,48 @@ def test_shapes_that_do_not_belong_together_are_refused(model: Model) -> None:
     block.qkv.rows, block.out.cols, block.rotary, block.heads.kv_heads = good
     call([2])
     assert ctypes.sizeof(kernels.AttentionBlock) == 7 * 8 + 2 * 40 + 8 + 8 + 8
+
+
+# ---- experts that do not all lie in RAM ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 4, 8, 9, 40])
+def test_a_split_mixture_has_the_bits_of_the_fused_one(model: Model, n: int) -> None:
+    """A watcher is enough to split it; ids come as the router gives them."""
+    ids, seen = ids_for(model, n), []
+    fused = model.forward([Segment(ids, model.new_cache())])
+    store = model.layers[1].mlp.experts
+    store.watch(lambda layer, chosen: seen.append((layer, chosen)))
+    try:
+        assert torch.equal(model.forward([Segment(ids, model.new_cache())]), fused)
+        changes: dict[str, torch.Tensor] = {}
+        traced = model.forward([Segment(ids, model.new_cache())], trace=changes.__setitem__)
+        assert torch.equal(traced, fused)
+    finally:
+        store.watch(None)
+    assert [layer for layer, _ in seen] == [1, 2, 3] * 2
+    for _, chosen in seen:
+        assert chosen.shape == (n, 3) and chosen.dtype == torch.int32
+        assert bool((chosen.diff(dim=1) > 0).all())
+
+
+def test_a_store_that_wants_guesses_gets_them_before_a_layer_is_run(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, seen = model.layers[1].mlp.experts, []
+    monkeypatch.setattr(store, "wants_guesses", True)
+    monkeypatch.setattr(store, "expect", lambda layer, ids: seen.append(("expect", layer, ids)))
+    store.watch(lambda layer, ids: seen.append(("run", layer, ids)))
+    changes: dict[str, torch.Tensor] = {}
+    try:
+        model.forward([Segment(ids_for(model, 3), model.new_cache())], trace=changes.__setitem__)
+    finally:
+        store.watch(None)
+    order = [("expect", 2), ("run", 1), ("expect", 3), ("run", 2), ("run", 3)]
+    assert [entry[:2] for entry in seen] == order
+    # The next layer's norm and router on x after attention, this layer's experts left out.
+    x = changes["layers.1"] - changes["layers.1.mlp"]
+    following = model.layers[2]
+    normed = ops.rms_norm(x, following.post_norm, model.config.rms_eps)
+    wanted, _ = ops.route(normed, following.mlp.router, following.mlp.bias, model.config)
+    assert torch.equal(seen[0][2].long(), wanted.sort(dim=1).values)

@@ -46,6 +46,23 @@ class Lists:
         if commit:
             cache.advance(n)
 
+    def pieces(self, cache: KVCache, sizes: list[int], *, commit: bool = True) -> None:
+        """As one step, but every layer is given all its rows, piece by piece, before the next."""
+        length = cache.length
+        for spec in self.config.layers:
+            mine, at = self.rows[spec.index][:length], 0
+            for n in sizes:
+                k = torch.randn(n, spec.kv_heads, spec.head_dim)
+                v = torch.randn(n, spec.kv_heads, spec.v_head_dim)
+                mine = mine + list(zip(k.to(self.dtype), v.to(self.dtype), strict=True))
+                view = cache.append(spec.index, k, v, at=at)
+                self.compare(view, mine, spec.window, length + at)
+                at += n
+            if commit:
+                self.rows[spec.index] = mine
+        if commit:
+            cache.advance(sum(sizes))
+
     @staticmethod
     def compare(
         view: View, rows: list[tuple[torch.Tensor, torch.Tensor]], window: int | None, length: int
@@ -72,13 +89,17 @@ def test_any_history_shows_the_rows_a_list_would(
     snapshots = []
     top = 0
     for _ in range(25):
-        match dice.choice(["one", "one", "few", "chunk", "lost", "back", "snap", "restore"]):
+        moves = ["one", "one", "few", "chunk", "pieces", "lost", "lost pieces"]
+        match dice.choice([*moves, "back", "snap", "restore"]):
             case "one":
                 lists.step(cache, 1)
             case "few":
                 lists.step(cache, dice.randint(1, 8))
             case "chunk":
                 lists.step(cache, dice.randint(1, 90))
+            case "pieces" | "lost pieces" as case:
+                sizes = [dice.choice([1, 3, 8, 20, 50]) for _ in range(dice.randint(1, 5))]
+                lists.pieces(cache, sizes, commit=case == "pieces")
             case "lost":
                 lists.step(cache, dice.choice([1, 5, 40, 80]), commit=False)
             case "back":
@@ -110,6 +131,24 @@ def test_rolling_back_up_to_the_slack_always_works(slack: int, n_new: int) -> No
             assert cache.can_truncate(cache.length - back)
         cache.truncate(max(0, cache.length - slack))
         lists.step(cache, 2)
+
+
+@pytest.mark.parametrize("sizes", [[7, 7], [64, 64, 64], [1, 100], [100, 1], [2, 2, 2, 2]])
+def test_a_step_in_pieces_leaves_what_one_step_leaves(sizes: list[int]) -> None:
+    facts = config(9)
+    for length in (0, 3, 47):
+        cache, lists = KVCache(facts, slack=4), Lists(facts, torch.float32)
+        if length:
+            lists.step(cache, length)
+        rings = cache.nbytes["swa"]
+        lists.pieces(cache, sizes, commit=False)
+        assert cache.length == length and cache.can_truncate(max(0, length - 4))
+        cache.reserve(sum(sizes))
+        full = cache.nbytes["full"]
+        lists.pieces(cache, sizes)
+        assert cache.nbytes == {"swa": rings, "full": full}
+        cache.truncate(cache.length - 2)
+        lists.step(cache, 3)
 
 
 def test_rolling_back_further_is_refused_and_changes_nothing() -> None:

@@ -19,7 +19,7 @@ from demo_fixtures import llama_of
 from mimo_local.config import ModelConfig
 from mimo_local.demo.rewrite import EXACT, TWINS, Layout
 from mimo_local.demo.source import Source
-from mimo_local.experts import ExpertStore
+from mimo_local.experts.store import ExpertStore
 from mimo_local.model import Model, Segment
 from mimo_local.tokenizer import Tokenizer
 from mimo_local.weights import open_weights

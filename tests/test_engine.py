@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from mimo_local.engine import MAX_SNAPSHOTS, Engine, Session
 from mimo_local.errors import ContextOverflowError, MimoError, NotEnoughMemoryError, UsageError
-from mimo_local.events import Done, Event, Failed, Prefill, Token
+from mimo_local.events import Done, Event, Failed, Prefill, Stats, Token
 from mimo_local.sampler import SamplingParams
 from mimo_local.settings import Settings
 from mimo_local.stream import NO_ID, TextOutput
@@ -465,3 +465,31 @@ def test_importing_the_engine_is_light() -> None:
     code = "import sys, mimo_local.engine; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_where_the_experts_came_from_is_told_per_request() -> None:
+    model = FakeModel()
+    model.experts.meters.misses = model.experts.meters.disk_bytes = 1000  # from before
+    with make(model) as engine:
+
+        def figures() -> Stats:
+            stream = engine.submit(engine.new_session(), [1, 2, 3], SamplingParams(max_tokens=3))
+            return next(e.stats for e in stream if isinstance(e, Done))
+
+        assert figures().experts is None  # all in RAM
+        model.experts.nbytes = {"ram": 70, "disk": 500}
+        forward = model.forward
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            m = model.experts.meters
+            m.ram_hits, m.misses, m.disk_bytes = m.ram_hits + 3, m.misses + 1, m.disk_bytes + 40
+            return forward(*args, **kwargs)
+
+        model.forward = counted  # type: ignore[method-assign]
+        stats = figures()
+        assert stats.experts is not None
+        assert stats.experts.hit_rate == 0.75
+        assert stats.experts.ram_bytes == 70
+        assert stats.experts.misses * 40 == stats.experts.disk_bytes < 1000
+        assert stats.disk_bytes_per_token > 0
+    assert model.experts.closed

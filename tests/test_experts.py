@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mimo_local import experts as module
 from mimo_local import kernels
-from mimo_local.errors import NotEnoughMemoryError
+from mimo_local.errors import CancelledError, NotEnoughMemoryError
 from mimo_local.events import Progress
-from mimo_local.experts import ExpertStore
+from mimo_local.experts import memory as module
+from mimo_local.experts.store import ExpertStore
 from mimo_local.weights import CheckpointWeights, QuantLinear, open_weights
 from quant.convert import Recipe, convert
 
@@ -55,6 +55,30 @@ def test_run_is_the_weighted_sum_over_the_chosen(store: ExpertStore, t: int, see
             gate, up, down = (state[f"{prefix}{p}_proj.weight"] for p in ("gate", "up", "down"))
             wanted[row] += w[row, k] * (down @ (F.silu(gate @ x[row]) * (up @ x[row])))
     torch.testing.assert_close(store.run(1, x, ids, w), wanted, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("pairs", [1, 60, 512])
+@pytest.mark.parametrize("way", ["native", "torch"])
+def test_a_sweep_has_the_bits_of_a_run_and_can_be_stopped_between_experts(
+    store: ExpertStore, pairs: int, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if way == "torch":
+        monkeypatch.setattr(kernels, "get", lambda: None)
+    monkeypatch.setattr("mimo_local.experts.store.BATCH_PAIRS", pairs)
+    x, ids, w = choices(40, 4)
+    ids[:, 1][torch.arange(40) % 3 == 1] = -1
+    ids[ids == 2] = -1
+    wanted, asked, seen = store.run(1, x, ids, w), [], []
+    store.watch(lambda layer, chosen: seen.append(layer))
+    try:
+        assert torch.equal(store.sweep(1, x, ids, w, cancel=lambda: bool(asked.append(1))), wanted)
+    finally:
+        store.watch(None)
+    assert seen == [1] and len(asked) == {1: 5, 60: 2, 512: 1}[pairs]
+    with pytest.raises(CancelledError):
+        store.sweep(1, x, ids, w, cancel=lambda: True)
+    nobody = torch.full_like(ids, -1)
+    assert not store.sweep(1, x, nobody, w).any()
 
 
 @pytest.mark.parametrize("t", [1, 2, 16, 100])

@@ -42,6 +42,7 @@ CHECKS = [
     "moe_arguments",
     "route",
     "quantize",
+    "quantize_fp8",
     "dequantize",
     "dequantize_large",
     "scalar_fma",
@@ -705,7 +706,7 @@ def test_instruction_sets_do_not_leak(tmp_path: Path) -> None:
     compiler, nm = shutil.which("g++"), shutil.which("nm")
     if compiler is None or nm is None:
         pytest.skip("needs g++ and nm")
-    for isa in ("avx2", "avx_vnni", "avx512"):
+    for isa in ("avx2", "avx_vnni", "avx512", "amx"):
         target = tmp_path / f"{isa}.o"
         source = SOURCES / "src" / f"isa_{isa}.cpp"
         subprocess.run([compiler, "-std=c++20", "-O0", "-c", source, "-o", target], check=True)

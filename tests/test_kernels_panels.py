@@ -98,13 +98,14 @@ def outliers(rows: int, cols: int, seed: int) -> torch.Tensor:
     return x
 
 
-# Relative rms of a row's products against exact ones with the same stored weights: on normal
+# Relative rms of the products against exact ones with the same stored weights: on normal
 # activations and on ones with outliers. NF4 itself loses 9e-2 of normal weights, MXFP4 more.
 WORDS = {"nf4": (7e-4, 3e-3), "mxfp4": (7e-4, 3e-3), "int8": (7e-4, 3e-3)}
-BYTES = {"nf4": (9e-3, 2.4e-2), "mxfp4": (8e-3, 2.4e-2), "int8": (8e-3, 2.4e-2)}
+BYTES = {"nf4": (9e-3, 2e-2), "mxfp4": (7e-3, 2e-2), "int8": (7e-3, 2e-2)}
+TILES = {"nf4": (1.2e-2, 3e-2), "mxfp4": (1.4e-2, 3e-2), "int8": (8e-3, 3e-2)}
 PLAIN = {"bf16": (5e-7, 5e-7), "f32": (5e-7, 5e-7)}
 BOUNDS = {"scalar": WORDS | PLAIN, "avx2": WORDS | PLAIN, "avx_vnni": BYTES | PLAIN}
-BOUNDS |= {"avx512": BYTES | PLAIN}
+BOUNDS |= {"avx512": BYTES | PLAIN, "amx": TILES | PLAIN}
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -115,8 +116,8 @@ def test_error_of_long_products(library: kernels.Kernels, name: str) -> None:
         for i, x in enumerate((normal(MANY, 4096, seed=1), outliers(MANY, 4096, seed=2))):
             expected = x.double() @ w.T
             y = matmul(library.with_isa(isa), name, x, parts)
-            error = (y - expected).norm(dim=1) / expected.norm(dim=1)
-            assert (error < BOUNDS[isa][name][i]).all(), (isa, error)
+            error = (y - expected).norm() / expected.norm()
+            assert error < BOUNDS[isa][name][i], (isa, error)
 
 
 @st.composite

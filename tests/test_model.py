@@ -15,8 +15,9 @@ from mimo_local import kernels
 from mimo_local.cache import KVCache
 from mimo_local.errors import CancelledError, ContextOverflowError, UsageError
 from mimo_local.events import Progress
-from mimo_local.experts import ExpertStore
-from mimo_local.model import Layer, Model, MoE, Segment
+from mimo_local.experts.store import ExpertStore
+from mimo_local.layers import Layer, MoE
+from mimo_local.model import Model, Segment
 from mimo_local.weights import QuantLinear, open_weights
 from quant.convert import Recipe, convert
 
@@ -255,9 +256,14 @@ def row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def test_the_bits_of_a_row_do_not_depend_on_its_company(
-    small: Model, monkeypatch: pytest.MonkeyPatch
+def test_a_row_does_not_depend_on_its_company(
+    small: Model, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """To the bit with the kernels; torch's batched products choose by shape how they add up."""
+
+    def same(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+        return torch.equal(found, wanted) if way == "native" else relative(found, wanted) < 1e-6
+
     row_by_row(monkeypatch)
     ids = ids_for(small, 76)
     alone, caches = [], [small.new_cache() for _ in range(3)]
@@ -267,10 +273,10 @@ def test_the_bits_of_a_row_do_not_depend_on_its_company(
     draft = torch.cat(
         [small.forward([Segment(p, caches[1])]) for p in ids[60:].split([4, 1, 8, 3])]
     )
-    assert torch.equal(draft, alone)
+    assert same(draft, alone)
     other = Segment(ids_for(small, 4, seed=9), small.new_cache())
     both = small.forward([other, Segment(ids[60:64], caches[2])])
-    assert torch.equal(both[4:], alone[:4])
+    assert same(both[4:], alone[:4])
 
 
 @pytest.mark.parametrize("way", ["native"], indirect=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mimo_local.errors import NotEnoughMemoryError, UsageError
-from mimo_local.experts import ExpertStore
+from mimo_local.experts.store import ExpertStore
 from mimo_local.model import Model, Segment
 from mimo_local.random_weights import REST_FORMATS, RandomWeights, shape_config
 from mimo_local.shape_bench import build, real_shape_model

@@ -22,7 +22,7 @@ class ModelInfo:
     name: str
     description: str
     kernel: str
-    """`avx512`, `avx_vnni`, `avx2`, `scalar`, or `reference (slow)`."""
+    """`amx`, `avx512`, `avx_vnni`, `avx2`, `scalar`, or `reference (slow)`."""
     context_limit: int
 
 

@@ -21,8 +21,9 @@ from mimo_local.chat import Chat, Message, Piece, preset
 from mimo_local.cli import models
 from mimo_local.cli.status import Status, colours, say
 from mimo_local.errors import DocumentError, ExitCode, UsageError
-from mimo_local.events import Done, Failed, Prefill, Stats
+from mimo_local.events import Done, ExpertFigures, Failed, Prefill, Stats
 from mimo_local.sampler import SamplingParams
+from mimo_local.sizes import gb
 
 if TYPE_CHECKING:
     from mimo_local.engine import Engine, Session
@@ -205,6 +206,25 @@ def notes(found: Answer, look: Look, params: SamplingParams) -> Iterator[str]:
             f"{s.decode_tokens_per_s:.1f} t/s | context {s.context_used} of {s.context_limit} "
             f"| cache {s.cache_bytes / 1e6:.1f} MB | {s.kernel}"
         )
+        if s.experts is not None:
+            yield expert_line(s, s.experts)
+
+
+def expert_line(s: Stats, e: ExpertFigures) -> str:
+    """Where the experts came from: hits per tier, bytes from disk, memory of the tiers."""
+    tiers = {"VRAM": e.vram_hits, "RAM": e.ram_hits, "read ahead": e.staged_hits, "disk": e.misses}
+    shares = ", ".join(f"{name} {n / e.wanted:.0%}" for name, n in tiers.items() if n)
+    parts = [f"experts {shares}" if shares else "experts"]
+    if e.prompt_disk_bytes:
+        parts.append(f"prompt {gb(e.prompt_disk_bytes)} from disk")
+    parts.append(f"{gb(s.disk_bytes_per_token)} from disk a token")
+    parts.append(f"waited {e.wait_s:.1f} s")
+    parts.append(f"{gb(e.ram_bytes)} in RAM")
+    if e.vram_bytes:
+        parts.append(f"{gb(e.vram_bytes)} in VRAM")
+    if e.note:
+        parts.append(e.note)
+    return " | ".join(parts)
 
 
 def as_dict(found: Answer, model: str) -> dict[str, Any]:

@@ -16,8 +16,10 @@ from mimo_local.cli.models import (
     JsonOption,
     MaxTokensOption,
     ModelOption,
+    RamOption,
     SeedOption,
     ThreadsOption,
+    VramOption,
     option,
 )
 from mimo_local.errors import UsageError
@@ -68,6 +70,8 @@ def chat(
     stop: Stops = None,
     context: ContextOption = None,
     threads: ThreadsOption = None,
+    ram: RamOption = None,
+    vram: VramOption = None,
     json: JsonOption = False,
     stats: Stats = False,
     plain: Plain = False,

@@ -21,7 +21,9 @@ from mimo_local.cli.models import (
     JsonOption,
     MaxTokensOption,
     ModelOption,
+    RamOption,
     SeedOption,
+    VramOption,
 )
 from mimo_local.cli.status import Status, say
 from mimo_local.errors import ExitCode, UsageError
@@ -54,6 +56,8 @@ def summarize(
     focus: Focus = "",
     model: ModelOption = None,
     context: ContextOption = None,
+    ram: RamOption = None,
+    vram: VramOption = None,
     max_tokens: MaxTokensOption = None,
     seed: SeedOption = None,
     json: JsonOption = False,
@@ -64,7 +68,9 @@ def summarize(
     """
     from mimo_local.summarize import Options
 
-    settings = Settings.resolve(model=model, context=context, max_tokens=max_tokens, seed=seed)
+    settings = Settings.resolve(
+        model=model, context=context, ram=ram, vram=vram, max_tokens=max_tokens, seed=seed
+    )
     options = Options(
         pages=pages,
         lang=lang,

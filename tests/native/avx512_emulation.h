@@ -424,7 +424,8 @@ static int _mm512_reduce_min_epi32(__m512i a) {
   return least;
 }
 static void _mm512_stream_ps(void *p, __m512 a) { std::memcpy(p, &a, sizeof a); }
-static void _mm_sfence() {}
+#define _mm_sfence emu_sfence  // clang has a function of that name of its own
+static void emu_sfence() {}
 
 #undef EMU_EACH
 

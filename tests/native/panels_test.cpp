@@ -181,6 +181,55 @@ struct Bytes {
   mimo_matrix w;
 };
 
+// panels_amx.inc
+struct Tiles {
+  explicit Tiles(const mimo_matrix &matrix_) : w(matrix_) {}
+  // What the blocks of a slice are measured by, and the scale of their weights.
+  void slice(std::int64_t n, std::int64_t k0, std::int64_t k1) {
+    largest = 0.0F;
+    exponent = 0;
+    if (w.format == MIMO_NF4) {
+      for (std::int64_t k = k0; k < k1 && !std::isnan(largest); k += 64) {
+        const float s = std::abs(nf4_scale(w, n, k / 64));
+        largest = std::isfinite(s) ? std::max(largest, s) : kNan;
+      }
+      scale = largest * (1.0F / 127.0F);
+    } else if (w.format == MIMO_MXFP4) {
+      for (std::int64_t k = k0; k < k1; k += 32) exponent = std::max(exponent, mxfp4_exponent(w, n, k / 32));
+      scale = exponent == 255 ? kNan : static_cast<float>(std::ldexp(1.0 / 16, exponent - 127));
+    } else {
+      scale = int8_scale(w, n);
+    }
+  }
+  int weight(std::int64_t n, std::int64_t k) const {
+    if (w.format == MIMO_INT8) return byte_code(w, n, k);
+    if (std::isnan(scale) || (w.format == MIMO_NF4 && largest == 0.0F)) return 0;
+    if (w.format == MIMO_NF4) {
+      const int value = static_cast<int>(std::lround(mimo::kNf4[nibble(w, n, k)] * 2032.0F));
+      const int ratio = static_cast<int>(nearest_even(nf4_scale(w, n, k / 64) * (2048.0F / largest)));
+      return (value * ratio + 0x4000) >> 15;
+    }
+    const int below = exponent - mxfp4_exponent(w, n, k / 32);
+    return (static_cast<int>(kE2m1[nibble(w, n, k)] * 256) * (below < 12 ? 2048 >> below : 0) + 0x4000) >> 15;
+  }
+  float product(std::int64_t n, const float *x) {
+    float sum = 0.0F;
+    for (std::int64_t k = 0; k < w.cols; k += 128) {
+      const std::int64_t count = std::min<std::int64_t>(128, w.cols - k);
+      const Coded block = coded(x + k, count, 127.0F);
+      slice(n, k / 256 * 256, std::min(k / 256 * 256 + 256, w.cols));
+      std::int32_t dot = 0;
+      for (std::int64_t i = 0; i < count; ++i) dot += weight(n, k + i) * block.codes[size(i)];
+      sum = std::fma(static_cast<float>(dot), block.scale * scale, sum);
+    }
+    return sum;
+  }
+  mimo_matrix w;
+  float largest = 0.0F;
+  float scale = 0.0F;
+  int exponent = 0;
+};
+
 // panels_floats.inc
 float plain_product(const mimo_matrix &w, std::int64_t n, const float *x) {
   float total = 0.0F;
@@ -205,7 +254,16 @@ float reference(const mimo_table *table, const mimo_matrix &w, std::int64_t n, c
   const std::string name = table->name;
   if (w.format == MIMO_BF16 || w.format == MIMO_F32) return plain_product(w, n, x);
   if (name == "scalar" || name == "avx2") return Pairs(w).product(n, x);
+  if (name == "amx") return Tiles(w).product(n, x);
   return Bytes(w).product(n, x);
+}
+
+// Every table, AMX's tiles emulated.
+std::vector<const mimo_table *> panel_tables() {
+  std::vector<const mimo_table *> tables = fast_tables();
+  tables.push_back(mimo::amx_table());
+  tables.push_back(mimo::scalar_table());
+  return tables;
 }
 
 // ---- calls ------------------------------------------------------------------------------------------------------------
@@ -249,8 +307,7 @@ constexpr Shape kAny[] = {{1, 1, 9},   {3, 7, 6},    {17, 15, 5},  {16, 17, 7}, 
                           {18, 127, 9}, {5, 255, 10}, {31, 257, 3}, {70, 513, 17}, {9, 1100, 8}, {64, 520, 2}};
 
 void check_format(std::int64_t format) {
-  std::vector<const mimo_table *> tables = fast_tables();
-  tables.push_back(mimo::scalar_table());
+  const std::vector<const mimo_table *> tables = panel_tables();
   unsigned seed = 0;
   for (const Shape &shape : format <= MIMO_MXFP4 ? kBlocked : kAny) {
     ++seed;
@@ -300,7 +357,7 @@ MIMO_CHECK(panels_company) {
   Exact<float> x = normal(size(T * K), 4);
   for (std::int64_t format = MIMO_NF4; format <= MIMO_F32; ++format) {
     Stored stored(format, N, K, 8);
-    for (const mimo_table *table : fast_tables()) {
+    for (const mimo_table *table : panel_tables()) {
       Exact<float> together = product(table, stored.w, x.get(), K, nullptr, T, 64);
       for (std::int64_t t = 0; t < T; ++t) {
         Exact<float> alone = product(table, stored.w, x.get() + t * K, K, nullptr, 1, 64);
@@ -334,9 +391,7 @@ MIMO_CHECK(panels_ends) {
       std::memcpy(stored.scales.get() + 4 * n, &one, sizeof one);
     }
     const float weight = format == MIMO_NF4 ? -1.0F : format == MIMO_MXFP4 ? -6.0F : -128.0F;
-    std::vector<const mimo_table *> tables = fast_tables();
-    tables.push_back(mimo::scalar_table());
-    for (const mimo_table *table : tables) {
+    for (const mimo_table *table : panel_tables()) {
       Exact<float> y = product(table, stored.w, x.get(), K, nullptr, 2, 64);
       const float expected = weight * -3.0F * static_cast<float>(K);
       REQUIRE(std::abs(y[0] - expected) <= 1e-3F * expected, "%s format %ld: %g, not %g", table->name,
@@ -347,7 +402,7 @@ MIMO_CHECK(panels_ends) {
 }
 
 MIMO_CHECK(panels_peak) {
-  for (const mimo_table *table : fast_tables()) {
+  for (const mimo_table *table : panel_tables()) {
     const double one = table->panel_peak(1);
     REQUIRE(one >= 2.0 * 16 && table->panel_peak(10) == 10 * one, "%s", table->name);
   }

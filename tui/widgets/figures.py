@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mimo_local.events import FinishReason, Prefill, Stats
+from mimo_local.events import ExpertFigures, FinishReason, Prefill, Stats
 from tui.messages import Pace
 
 # C0 (without tab and newline), DEL and C1 become visible signs: text from a user or a model must
@@ -105,6 +105,17 @@ def stats_table(stats: Stats, *, kernel: str) -> str:
             f" · {duration(stats.decode_s)} · {rate(stats.decode_tokens_per_s)}",
             f"context   {stats.context_used:,} of {count(stats.context_limit, 'token')}"
             f" · cache {amount(stats.cache_bytes, 0, 'bytes')}",
+            *([experts_row(stats, stats.experts)] if stats.experts is not None else ()),
             f"kernel    {stats.kernel or kernel}",
         )
     )
+
+
+def experts_row(stats: Stats, e: ExpertFigures) -> str:
+    """Where the experts came from: hits per tier, bytes from disk, memory of the tiers."""
+    tiers = {"VRAM": e.vram_hits, "RAM": e.ram_hits, "read ahead": e.staged_hits, "disk": e.misses}
+    shares = " · ".join(f"{name} {percent(n, e.wanted)}%" for name, n in tiers.items() if n)
+    per_token = amount(round(stats.disk_bytes_per_token), 0, "bytes")
+    memory = amount(e.ram_bytes + e.vram_bytes, 0, "bytes")
+    row = f"experts   {shares or 'none asked for'} · {per_token} from disk a token · {memory} held"
+    return row + (f"\nnote      {e.note}" if e.note else "")

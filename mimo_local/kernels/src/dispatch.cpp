@@ -9,14 +9,18 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 namespace mimo {
 namespace {
 
-enum Level : int { kScalar, kAvx2, kAvxVnni, kAvx512 };
-constexpr int kLevels = 4;
-constexpr const char *kNames[kLevels] = {"scalar", "avx2", "avx_vnni", "avx512"};
+enum Level : int { kScalar, kAvx2, kAvxVnni, kAvx512, kAmx };
+constexpr int kLevels = 5;
+constexpr const char *kNames[kLevels] = {"scalar", "avx2", "avx_vnni", "avx512", "amx"};
 
 #if defined(__x86_64__)
 
@@ -26,6 +30,18 @@ std::uint64_t saved_state() noexcept {
   std::uint32_t high = 0;
   asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
   return static_cast<std::uint64_t>(high) << 32 | low;
+}
+
+// Tiles are 8 KB more to save per thread, so Linux (5.16 on) lets a process use them only once it has asked, all its
+// threads at once. It refuses where it does not know them or where a thread's signal stack is too small to hold them.
+bool tiles_granted() noexcept {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+  constexpr long kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
+  constexpr long kTileData = 18;               // its bit in XCR0
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
 }
 
 // Bit l is set if level l runs here. Not a chain: there are CPUs with AVX-512 VNNI and no AVX-VNNI, and the reverse.
@@ -56,7 +72,12 @@ unsigned detect() noexcept {
   constexpr std::uint32_t kVl = 1U << 31;
   constexpr std::uint32_t k512 = kF | kDq | kBw | kVl;
   constexpr std::uint32_t kVnni512 = 1U << 11;
-  if ((b & k512) == k512 && (c & kVnni512) != 0 && (state & kZmm) == kZmm) found |= 1U << kAvx512;
+  constexpr std::uint32_t kTiles = 1U << 24 | 1U << 25;      // of edx: AMX-TILE, AMX-INT8
+  constexpr std::uint64_t kTileState = std::uint64_t{3} << 17;  // configuration, data
+  if ((b & k512) == k512 && (c & kVnni512) != 0 && (state & kZmm) == kZmm) {
+    found |= 1U << kAvx512;
+    if ((d & kTiles) == kTiles && (state & kTileState) == kTileState && tiles_granted()) found |= 1U << kAmx;
+  }
   constexpr std::uint32_t kVnni = 1U << 4;
   if (__get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a & kVnni) != 0) found |= 1U << kAvxVnni;
   return found;
@@ -112,7 +133,7 @@ Choice choose() {
   const std::string wished = std::string(wish).substr(0, 32);
   const int level = level_of(wish);
   if (level < 0) {
-    choice.note = "MIMO_ISA=" + wished + " is none of scalar, avx2, avx_vnni, avx512; using " + kNames[best];
+    choice.note = "MIMO_ISA=" + wished + " is none of scalar, avx2, avx_vnni, avx512, amx; using " + kNames[best];
   } else if ((found >> level & 1U) == 0) {
     choice.note = "MIMO_ISA=" + wished + " is more than this CPU has; using " + kNames[best];
   } else {
@@ -128,6 +149,8 @@ const Choice &chosen() {
 
 const mimo_table *table_of(Level level) noexcept {
   switch (level) {
+    case kAmx:
+      return amx_table();
     case kAvx512:
       return avx512_table();
     case kAvxVnni:

@@ -35,7 +35,7 @@ extern "C" {
 #endif
 
 /* Raise with every change of this file that an older caller could notice. */
-#define MIMO_ABI_VERSION 2
+#define MIMO_ABI_VERSION 3
 
 enum mimo_status {
   MIMO_OK = 0,
@@ -109,6 +109,12 @@ typedef struct mimo_mlp {
 MIMO_API int32_t mimo_moe(const mimo_table *table, const mimo_mlp *mlps, int64_t n_mlps, const float *x, int64_t ldx,
                           int64_t T, const int32_t *ids, const float *weights, int64_t K, float *y, int64_t ldy,
                           int32_t accumulate) MIMO_NOEXCEPT;
+
+/* y[t] = sum_k weights[t*K + k] * parts[t*K + k] over the k with ids[t*K + k] >= 0, in ascending k: what mimo_moe does
+ * with its experts' results, for callers that have them one by one. parts (T*K, D), ids and weights (T, K), y (T, D)
+ * with row pitch ldy. On the caller alone. */
+MIMO_API int32_t mimo_combine(const mimo_table *table, const float *parts, const int32_t *ids, const float *weights,
+                              int64_t T, int64_t K, int64_t D, float *y, int64_t ldy) MIMO_NOEXCEPT;
 
 /* Which experts a row goes to (sigmoid scores, an election bias, optional groups). */
 typedef struct mimo_router {
@@ -199,6 +205,13 @@ MIMO_API int32_t mimo_mixture(const mimo_table *table, const mimo_mlp_block *blo
  * mimo_status; may be NULL. */
 MIMO_API int32_t mimo_quantize(const mimo_table *table, int64_t format, const float *w, int64_t N, int64_t K,
                                void *codes, void *scales, int32_t search, int64_t *info) MIMO_NOEXCEPT;
+
+/* As mimo_quantize, for a checkpoint's FP8: w (N, K) E4M3 (no infinity, 0x7F and 0xFF are NaN), contiguous; weight
+ * (n, k) is its code's value times grid[row_of[n]][k / block], one rounding. grid (G, ceil(K / block)) float32; row_of (N)
+ * from 0 to G - 1. No float32 copy of w is made beyond a row per thread. */
+MIMO_API int32_t mimo_quantize_fp8(const mimo_table *table, int64_t format, const void *w, const float *grid, int64_t G,
+                                   const int32_t *row_of, int64_t block, int64_t N, int64_t K, void *codes, void *scales,
+                                   int32_t search, int64_t *info) MIMO_NOEXCEPT;
 
 /* W -> out (rows, cols) float32, contiguous. */
 MIMO_API int32_t mimo_dequantize(const mimo_table *table, const mimo_matrix *w, float *out) MIMO_NOEXCEPT;

@@ -263,4 +263,20 @@ int32_t mimo_moe(const mimo_table *table, const mimo_mlp *mlps, int64_t n_mlps, 
   }
 }
 
+int32_t mimo_combine(const mimo_table *table, const float *parts, const int32_t *ids, const float *weights, int64_t T,
+                     int64_t K, int64_t D, float *y, int64_t ldy) noexcept {
+  if (table == nullptr || T < 0 || K < 1 || D < 1 || ldy < D) return MIMO_E_ARGUMENT;
+  if (T == 0) return MIMO_OK;
+  if (!mimo::sensible(T, K) || T > mimo::kMostRows || !mimo::sensible(T * K, D)) return MIMO_E_ARGUMENT;
+  if (!mimo::usable(parts, alignof(float)) || !mimo::usable(ids, alignof(std::int32_t))) return MIMO_E_ARGUMENT;
+  if (!mimo::usable(weights, alignof(float)) || !mimo::sensible_rows(y, ldy, T, D)) return MIMO_E_ARGUMENT;
+  for (std::int64_t t = 0; t < T; ++t) {
+    std::fill_n(y + t * ldy, D, 0.0F);
+    for (std::int64_t i = t * K; i < (t + 1) * K; ++i) {
+      if (ids[i] >= 0) table->add_scaled(parts + i * D, weights[i], D, y + t * ldy);
+    }
+  }
+  return MIMO_OK;
+}
+
 }  // extern "C"

@@ -1,0 +1,66 @@
+"""Streams, events and pinned memory of whatever accelerator there is; plain calls without one.
+
+The one place that names them, always by torch's device-generic interface, so that the same lines
+run on CUDA, on a stand-in device in the tests, and on the CPU (where every copy is over when it
+returns). Knows no model. Called by `experts.vram`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+def is_accelerator(device: torch.device) -> bool:
+    """Whether copies to it may run beside the host."""
+    return device.type not in ("cpu", "meta")
+
+
+def host_buffer(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Host memory that `device` can copy from and to without a detour: pinned where that exists."""
+    return torch.empty(shape, dtype=dtype, pin_memory=is_accelerator(device))
+
+
+class Mark:
+    """A point in a stream of work that others wait for; nothing to wait for on the CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._event = torch.Event(device) if is_accelerator(device) else None
+        self._set = False
+
+    def set(self) -> None:
+        """Here: after what the current stream has been given so far."""
+        if self._event is not None:
+            self._event.record()
+            self._set = True
+
+    def hold(self, stream: Stream) -> None:
+        """What `stream` is given from now on starts after the mark."""
+        if self._event is not None and self._set and stream.raw is not None:
+            stream.raw.wait_event(self._event)
+
+    def wait(self) -> None:
+        """Until the device has passed the mark."""
+        if self._event is not None and self._set:
+            self._event.synchronize()
+
+
+class Stream:
+    """A queue of a device's work beside its default one; none on the CPU."""
+
+    def __init__(self, device: torch.device, *, current: bool = False) -> None:
+        """`current`: the one that ordinary calls go to."""
+        self.raw: torch.Stream | None = None
+        if is_accelerator(device):
+            self.raw = torch.accelerator.current_stream(device) if current else torch.Stream(device)
+
+    @contextmanager
+    def use(self) -> Iterator[None]:
+        """Give what happens inside to this stream."""
+        if self.raw is None:
+            yield
+        else:
+            with self.raw:
+                yield

@@ -1,0 +1,270 @@
+"""Layer-major prefill: all rows of a long prompt go through a layer before the next one is touched.
+
+So each layer's experts are read once per prompt, and an expert multiplies all of its rows together.
+Attention goes piece by piece, hidden states are bounded. Nothing is committed to the cache here: a
+prompt that is cancelled or fails leaves it as it was. Called by `model`, which chooses the prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, TypeAlias
+
+import torch
+
+from mimo_local import ops
+from mimo_local.cache import KVCache
+from mimo_local.config import Attention as Kind
+from mimo_local.errors import CancelledError
+from mimo_local.events import Progress
+from mimo_local.experts.memory import available_memory
+from mimo_local.hidden import Hidden, InMemory, Spilled
+from mimo_local.layers import MLP, Layer, MoE, Step
+from mimo_local.weights import Embedding, OnProgress
+
+Cancel: TypeAlias = Callable[[], bool]
+
+LEAST_ROWS: Final = 256
+"""Prompts of fewer new rows are read as one step."""
+_REPORTS: Final = 256  # of progress, at most
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """How much of a prompt goes through the layers at once, and where its hidden states lie."""
+
+    passes: int
+    """More than one: the experts are read as often."""
+    spilled: bool
+
+    @classmethod
+    def plan(cls, rows: int, hidden_size: int, top_k: int, budget: int) -> Room:
+        """Three buffers of a prompt's rows within `budget` bytes: hidden, normed, mixed.
+
+        Beyond it the first lies in a file. The other two may take twice the budget: reading the
+        experts again costs more than the memory is worth. Beyond that the prompt is cut.
+        """
+        one, ids = 4 * hidden_size, 8 * top_k
+        if rows * (3 * one + ids) <= budget:
+            return cls(1, False)
+        most = max(LEAST_ROWS, 2 * budget // (2 * one + ids))
+        return cls(-(-rows // most), True)
+
+
+@dataclass(frozen=True, slots=True)
+class How:
+    """What a caller may choose."""
+
+    chunk: int = 512
+    """Rows that go through attention and dense layers at once."""
+    budget: int | None = None
+    """Bytes of hidden states, see `Room.plan`; None: a quarter of the memory that is free."""
+    folder: Path | None = None
+    """Where they are spilled to; None: `hidden.spill_folder()`."""
+    whole: bool = False
+    """Whether the last layer runs for all rows, of which nobody needs more than the last: for
+    measuring a few layers that stand for many."""
+
+
+class Reader:
+    """Reads one prompt into one cache."""
+
+    def __init__(
+        self,
+        layers: list[Layer],
+        embedding: Embedding,
+        ropes: dict[Kind, ops.RopeTable],
+        cache: KVCache,
+        how: How,
+        *,
+        on_progress: OnProgress | None,
+        cancel: Cancel | None,
+    ) -> None:
+        self.layers, self.embedding, self.ropes = layers, embedding, ropes
+        self.cache, self.how, self.cancel = cache, how, cancel
+        self.config, self.device = layers[0].config, layers[0].input_norm.device
+        self.on_progress = on_progress
+
+    @torch.inference_mode()
+    def read(self, ids: torch.Tensor) -> torch.Tensor:
+        """Ids (T,) -> hidden (1, D) of the last row, before the final norm.
+
+        The cache has the rows of every finished pass afterwards. Raises CancelledError,
+        DiskSpaceError, UsageError.
+        """
+        budget = available_memory() // 4 if self.how.budget is None else self.how.budget
+        n = ids.shape[0]
+        room = Room.plan(n, self.config.hidden_size, self.config.experts_per_token, budget)
+        if self.device.type != "cpu":
+            room = Room(room.passes, False)
+        meter = _Meter(n, room.passes, self._costs(), self.on_progress)
+        self.cache.reserve(n)
+        hidden = None
+        # torch adds rows here and there: its threads would spin where the kernels' are needed.
+        with ops.threads_for(1):
+            for a, b in pieces(n, -(-n // room.passes)):
+                hidden = _Pass(self, ids[a:b], room.spilled, b == n, meter).run()
+                self.cache.advance(b - a)
+                meter.committed(b)
+        assert hidden is not None
+        return hidden
+
+    def _costs(self) -> list[tuple[float, float]]:
+        """Multiply-adds of a row by layer: attention's products, and those of MLP or experts."""
+        costs = []
+        for layer in self.layers:
+            a, size = layer.attention, self.config.hidden_size
+            width = self.config.moe_intermediate_size * self.config.experts_per_token
+            if isinstance(layer.mlp, MLP):
+                width = layer.mlp.gate.rows
+            attention = a.qkv.rows * size + a.out.rows * a.out.cols
+            costs.append((float(attention), 3.0 * width * size))
+        if not self.how.whole:
+            costs[-1] = (float(self.layers[-1].attention.kv.rows * self.config.hidden_size), 0.0)
+        return costs
+
+
+class _Pass:
+    """Some rows of a prompt, all of them if there is memory, through all layers."""
+
+    def __init__(
+        self, reader: Reader, ids: torch.Tensor, spilled: bool, last: bool, meter: _Meter
+    ) -> None:
+        """`last`: the prompt ends here, so that somebody wants the last row."""
+        self.reader, self.ids, self.last, self.meter = reader, ids, last, meter
+        config, device = reader.config, reader.device
+        n, d, k = ids.shape[0], config.hidden_size, config.experts_per_token
+        self.normed = torch.empty((n, d), device=device)
+        self.chosen = torch.empty((n, k), dtype=torch.int32, device=device)
+        self.weights = torch.empty((n, k), device=device)
+        self.mixed: torch.Tensor | None = None
+        """What the experts of the layer before made of `normed`: still to be added."""
+        self.fresh = True
+        """Whether the rows are still to be looked up."""
+        most = min(n, reader.how.chunk)
+        self.hidden: Hidden = (
+            Spilled(n, d, most, reader.how.folder) if spilled else InMemory(n, d, device)
+        )
+
+    def run(self) -> torch.Tensor | None:
+        """Hidden (1, D) of the last row, if it is wanted."""
+        layers, n = self.reader.layers, self.ids.shape[0]
+        with self.hidden:
+            for layer in layers if self.reader.how.whole else layers[:-1]:
+                self._layer(layer)
+            if self.reader.how.whole:
+                return self._rows(n - 1, n).clone() if self.last else None
+            # Of the last layer nobody needs more than keys and values, and its last row.
+            for a, b, x, step in self._chunks(n - 1 if self.last else n):
+                layers[-1].remember(x, step)
+                self.meter.add(b - a, layers[-1], attention=True)
+            if not self.last:
+                return None
+            return layers[-1](self._rows(n - 1, n), self._step(n - 1, n), None).clone()
+
+    def _layer(self, layer: Layer) -> None:
+        for a, b, x, step in self._chunks(self.ids.shape[0]):
+            layer.attend(x, step)
+            if isinstance(layer.mlp, MoE):
+                layer.route(x, step, self.normed[a:b], self.chosen[a:b], self.weights[a:b])
+            else:
+                layer.mix(x, step)
+                self.meter.add(b - a, layer, attention=False)
+            self.hidden.write(a, x)
+            self.meter.add(b - a, layer, attention=True)
+        self.fresh, self.mixed = False, None
+        if isinstance(layer.mlp, MoE):
+            self.mixed = self._sweep(layer)
+
+    def _sweep(self, layer: Layer) -> torch.Tensor:
+        """All experts that were chosen, each of them once."""
+        self._ask()
+        part, n, asked = layer.moe, self.ids.shape[0], self.reader.cancel
+        touched = int(torch.bincount(self.chosen.flatten()).count_nonzero())
+        done = 0
+
+        def between() -> bool:
+            """The store asks between experts, which also says how far it is."""
+            nonlocal done
+            if done < touched:
+                done += 1
+                self.meter.add(n / touched, layer, attention=False)
+            return asked is not None and asked()
+
+        mixed = part.experts.sweep(
+            part.layer, self.normed, self.chosen, self.weights, cancel=between
+        )
+        self.meter.add(n - n * done / touched, layer, attention=False)
+        return mixed
+
+    def _chunks(self, n: int) -> Iterator[tuple[int, int, torch.Tensor, Step]]:
+        """The first n rows in pieces, each as (first, end, rows, step)."""
+        for a, b in pieces(n, self.reader.how.chunk):
+            self._ask()
+            yield a, b, self._rows(a, b), self._step(a, b)
+
+    def _rows(self, a: int, b: int) -> torch.Tensor:
+        if self.fresh:
+            return self.hidden.blank(a, b).copy_(self.reader.embedding.rows(self.ids[a:b]))
+        x = self.hidden.read(a, b)
+        return x if self.mixed is None else x.add_(self.mixed[a:b])
+
+    def _step(self, a: int, b: int) -> Step:
+        reader = self.reader
+        return Step.of([reader.cache], [b - a], reader.ropes, reader.device, a)
+
+    def _ask(self) -> None:
+        cancel = self.reader.cancel
+        if cancel is not None and cancel():
+            raise CancelledError(
+                "stopped while reading the prompt",
+                hint="it is read layer by layer: the next time starts anew",
+            )
+
+
+class _Meter:
+    """Turns work done into tokens: a prompt is read when all layers have seen all of it."""
+
+    def __init__(
+        self,
+        n: int,
+        passes: int,
+        costs: list[tuple[float, float]],
+        on_progress: OnProgress | None,
+    ) -> None:
+        self._n, self._costs, self._on_progress = n, costs, on_progress
+        self._stage = "reading the prompt" + (f" in {passes} parts" if passes > 1 else "")
+        self._row = sum(map(sum, costs))
+        self._work = 0.0
+        self._told = 0
+
+    def add(self, rows: float, layer: Layer, *, attention: bool) -> None:
+        """`rows` are through the first or the second half of a layer."""
+        self._work += rows * self._costs[layer.attention.spec.index][0 if attention else 1]
+        # Those of the last layer are done when they are in the cache.
+        tokens = min(self._n - 1, int(self._work / self._row))
+        if tokens - self._told >= max(1, self._n // _REPORTS):
+            self._tell(tokens)
+
+    def committed(self, rows: int) -> None:
+        """The first `rows` are in the cache."""
+        self._work = max(self._work, rows * self._row)
+        if rows > self._told:
+            self._tell(rows)
+
+    def _tell(self, tokens: int) -> None:
+        self._told = tokens
+        if self._on_progress is not None:
+            self._on_progress(Progress(self._stage, tokens, self._n, "tokens"))
+
+
+def pieces(n: int, most: int) -> Iterator[tuple[int, int]]:
+    """0 .. n in pieces of nearly equal length, up to `most`.
+
+    Equal, because rows of a piece below `ops.EXACT_ROWS` would be rounded another way.
+    """
+    count = -(-n // most)
+    for i in range(count):
+        yield n * i // count, n * (i + 1) // count
