@@ -27,7 +27,7 @@ from quant.buffers import huge_empty  # noqa: E402
 from quant.formats import get_format  # noqa: E402
 
 D, WIDTH, K = 4096, 2048, 8
-_SCALE = {"nf4": 0.02, "int8": 2e-4}
+_SCALE = {"nf4": 0.02, "mxfp4": 120, "int8": 2e-4}
 
 
 def make(fmt: str, nbytes: float, d: int, width: int) -> tuple[Any, list[torch.Tensor], int]:
@@ -44,10 +44,10 @@ def make(fmt: str, nbytes: float, d: int, width: int) -> tuple[Any, list[torch.T
             for part, (dtype, dims) in form.parts(*shape).items():
                 n = dtype.itemsize * torch.Size(dims).numel()
                 parts[part], whole = whole[:n].view(dtype).view(dims), whole[n:]
-                if dtype in (torch.uint8, torch.int8):
-                    parts[part].random_()
+                if part == "scales":
+                    parts[part].fill_(_SCALE[fmt])
                 else:
-                    parts[part].fill_(_SCALE.get(fmt, 0.02))
+                    parts[part].random_()
             setattr(mlps[e], name, form.matrix(parts))
     return mlps, keep, one
 
