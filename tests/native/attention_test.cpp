@@ -185,12 +185,14 @@ struct Shape {
   std::int64_t window;
 };
 
-// T 1..8, between and beyond 64: the three ways keys are cut; odd dims, windows, steps that begin within 16 keys.
+// T 1..8, between and beyond 64: the three ways keys are cut; odd dims, windows, steps that begin within 16 keys; few
+// tiles, which read values in place, and many, which unpack them.
 constexpr Shape kShapes[] = {
     {1, 0, 1, 1, 1, 1, 0, 0},      {1, 300, 16, 2, 192, 128, 0, 0}, {1, 1100, 3, 1, 17, 33, 5, 0},
     {1, 127, 8, 1, 64, 64, 0, 128}, {4, 600, 5, 2, 15, 31, 250, 0},  {8, 260, 16, 1, 24, 16, 1, 128},
     {3, 700, 2, 3, 8, 48, 0, 500},  {12, 2100, 7, 1, 16, 16, 0, 0},  {70, 190, 3, 2, 33, 40, 17, 0},
-    {90, 130, 8, 1, 20, 17, 3, 33}, {66, 3, 9, 1, 7, 5, 0, 2000},
+    {90, 130, 8, 1, 20, 17, 3, 33}, {66, 3, 9, 1, 7, 5, 0, 2000},   {2, 290, 8, 1, 192, 128, 40, 129},
+    {3, 500, 16, 1, 32, 80, 0, 0},
 };
 
 Exact<float> attended(const mimo_table &table, const Shape &s, bool bf16, bool with_sink, bool &alone_is_same) {

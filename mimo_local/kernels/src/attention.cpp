@@ -71,7 +71,9 @@ struct Desk {
   float *state;
   void *rest;
 };
-std::int64_t state_floats(std::int64_t rows, std::int64_t dv) noexcept { return 2 * up16(rows) + rows * state_pitch(dv); }
+std::int64_t state_floats(std::int64_t rows, std::int64_t dv) noexcept {
+  return 2 * up16(rows) + rows * state_pitch(dv);
+}
 Desk desk_at(unsigned char *memory, std::int64_t rows, const mimo_heads &heads) noexcept {
   Desk desk;
   desk.q = reinterpret_cast<float *>(memory);
