@@ -238,14 +238,15 @@ at::Tensor copy_from(const at::Tensor &from, const at::Tensor &to, bool non_bloc
   Open open;
   const bool upward = to.device().type() == kSim && from.device().type() != kSim;
   const bool downward = from.device().type() == kSim && to.device().type() != kSim;
-  drain(current);
+  const bool lazy = non_blocking && computing == 0 && (upward || downward);
+  if (!(lazy && upward)) drain(current);  // what was queued before comes first
   if (computing > 0) {
     as_host(to).copy_(as_host(from));
     return to;
   }
   if (upward) ++h2d;
   if (downward) ++d2h;
-  if (!non_blocking || (!upward && !downward)) {
+  if (!lazy) {
     if (upward || downward) ++syncs;
     if (downward) deliver(current);
     as_host(to).copy_(as_host(from));
