@@ -394,10 +394,12 @@ def test_ctrl_c_stops_the_answer_and_keeps_it(
 
 def test_a_second_ctrl_c_interrupts() -> None:
     calls = []
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs of a shell ignore it
     with pytest.raises(KeyboardInterrupt), answer.on_interrupt(lambda: calls.append(1)):
         signal.raise_signal(signal.SIGINT)
         assert calls == [1]
         signal.raise_signal(signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
     assert calls == [1]
 
 
