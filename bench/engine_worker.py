@@ -307,7 +307,7 @@ def open_llamacpp(args: argparse.Namespace) -> Engine:
     from llamacpp_engine import LlamaCpp
 
     size = {"context": args.context, "batch": args.batch, "threads": args.threads}
-    return LlamaCpp(args.gguf, **size)
+    return LlamaCpp(args.gguf, **size, mmap=not args.no_mmap)
 
 
 def die_with_parent() -> None:
@@ -325,6 +325,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         kinds = parser.add_subparsers(dest="engine", required=True)
         theirs, ours = kinds.add_parser("llamacpp"), kinds.add_parser("ours")
         theirs.add_argument("gguf", type=Path)
+        theirs.add_argument("--no-mmap", action="store_true", help="weights in memory of its own")
         ours.add_argument("--pack", type=Path)
         ours.add_argument("--ram", help="most memory to use, like 2GB")
         ours.add_argument("--prefetch", choices=("auto", "on", "off"))

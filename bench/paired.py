@@ -161,3 +161,42 @@ def layer_cost(fewer: Sequence[Row], more: Sequence[Row], layers: int) -> list[d
             entry["ratio"] = round(cost[THEIRS] / cost[OURS], 3)
         found.append(entry)
     return found
+
+
+def depth_cost(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """What a token costs more far back than at the start: attention over the keys between.
+
+    Per test and thread count; from medians. Empty without a decode at depth 0.
+    """
+    start = {(row.case.n, row.threads): row for row in rows if row.case.kind == "tg"
+             and not row.case.depth}  # fmt: skip
+    found = []
+    for row in rows:
+        near = start.get((row.case.n, row.threads))
+        if row.case.kind == "tg" and row.case.depth and near is not None:
+            found += layer_cost([near], [row], 1)
+            found[-1]["test"] = row.case.name
+    return found
+
+
+_NAMES = ("layers", "demo", "experts", "format")
+
+
+def best_of(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Per slice, test and thread count llama.cpp's fastest format, beside ours of that run."""
+    best: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for run in runs:
+        for row in run["rows"]:
+            if not row.ratios:
+                continue
+            key = (run.get("layers"), run.get("demo"), row.case.name, row.threads)
+            ms = row.ms(THEIRS)
+            if key not in best or ms < best[key]["ms"][THEIRS]:
+                best[key] = {
+                    **{name: run[name] for name in _NAMES if name in run},
+                    "test": row.case.name,
+                    "threads": row.threads,
+                    "ms": {name: round(row.ms(name), 3) for name in (THEIRS, OURS)},
+                    "ratio": round(statistics.median(row.ratios), 3),
+                }
+    return list(best.values())

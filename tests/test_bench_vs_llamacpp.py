@@ -193,7 +193,7 @@ def test_a_stopped_worker_does_not_outlive_its_parent(tmp_path: Path) -> None:
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
     wait = time.monotonic() + 5
-    while state(int(done.stdout)) == "T" and time.monotonic() < wait:
+    while state(int(done.stdout)) not in ("Z", "X", "gone") and time.monotonic() < wait:
         time.sleep(0.01)
     assert state(int(done.stdout)) in ("Z", "X", "gone")
 
@@ -257,6 +257,33 @@ def test_a_layer_costs_the_difference_of_two_slices() -> None:
     assert cost["ms"] == {paired.THEIRS: 100.0, paired.OURS: 25.0} and cost["ratio"] == 4.0
     (nothing,) = paired.layer_cost(four, two, 1)  # noise larger than the layer: no ratio to tell
     assert "ratio" not in nothing
+
+
+def test_far_back_costs_the_difference_of_two_depths() -> None:
+    near = paired.Row(
+        paired.Case("tg", 8), 2, {paired.THEIRS: [20.0, 22.0], paired.OURS: [10.0, 10.0]}
+    )
+    far = paired.Row(
+        paired.Case("tg", 8, 8192), 2, {paired.THEIRS: [27.0, 27.0], paired.OURS: [12.0, 12.0]}
+    )
+    prompt = paired.Row(paired.Case("pp", 8), 2, {paired.OURS: [1.0]})
+    (cost,) = paired.depth_cost([prompt, near, far])
+    assert cost["test"] == "tg8 @ d8192"
+    assert cost["ms"] == {paired.THEIRS: 6.0, paired.OURS: 2.0} and cost["ratio"] == 3.0
+    assert paired.depth_cost([far]) == []
+
+
+def test_the_best_of_their_formats_is_the_one_to_beat() -> None:
+    def run(experts: str, theirs: float) -> dict[str, Any]:
+        row = paired.Row(
+            paired.Case("tg", 16), 2, {paired.THEIRS: [theirs, theirs], paired.OURS: [10.0, 12.0]}
+        )
+        return {"layers": 2, "experts": experts, "format": "nf4", "rows": [row]}
+
+    (best,) = paired.best_of([run("q4_0", 33.0), run("mxfp4", 22.0), run("q4_k", 44.0)])
+    assert (best["experts"], best["test"], best["threads"]) == ("mxfp4", "tg16", 2)
+    assert best["ms"] == {paired.THEIRS: 22.0, paired.OURS: 11.0}
+    assert best["ratio"] == pytest.approx(2.017, abs=1e-3)
 
 
 @given(
@@ -386,6 +413,8 @@ def test_the_build_is_clangs_and_native() -> None:
     env = llamacpp_build.build_environment(3)
     assert (env["CC"], env["CXX"], env["CMAKE_BUILD_PARALLEL_LEVEL"]) == ("clang", "clang++", "3")
     assert "-DGGML_NATIVE=ON" in env["CMAKE_ARGS"].split()
+    lower = llamacpp_build.build_environment(3, "avx2")["CMAKE_ARGS"].split()
+    assert "-DGGML_AVX512=OFF" in lower and "-DGGML_NATIVE=ON" not in lower
 
 
 def test_an_empty_environment_is_not_taken_for_llama_cpp(tmp_path: Path) -> None:
@@ -401,6 +430,11 @@ def test_arguments() -> None:
     assert (args.threads, args.generate, args.verify, args.depths) == ([1, 2], [16], [2, 4], [0])
     demo = vs.parse(["--demo"])
     assert (demo.prompts, demo.generate, demo.verify) == ([128, 512], [64], [0])
+    everything = vs.parse(["--all", "--isa", "avx2"])
+    assert everything.layers == [2, 3] and set(everything.experts) == set(vs.EXPERT_TYPES)
+    assert (everything.prompts, everything.depths) == ([128, 512, 2048], [0, 8192])
+    assert everything.venv.name == "llamacpp-avx2" and args.venv.name == "llamacpp"
+    assert vs.demo_args(everything).depths == [0] and vs.demo_args(demo) is demo
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,7 @@ _SIGNATURES: Final = {
     "mimo_rms_norm": (_I32, [_PTR, _PTR, _I64, _I64, _I64, _PTR, _F32, _PTR, _I64]),
     "mimo_attention": (_I32, [_PTR, _PTR, _PTR, _I64, _PTR, _PTR, _PTR, _I64, _PTR]),
     "mimo_mixture": (_I32, [_PTR, _PTR, _PTR, _I64, _PTR]),
+    "mimo_layers": (_I32, [_PTR, _PTR, _I64, _PTR, _I64, _PTR, _I64, _PTR, _I64]),
     "mimo_quantize": (_I32, [_PTR, _I64, _PTR, _I64, _I64, _PTR, _PTR, _I32, _PTR]),
     "mimo_dequantize": (_I32, [_PTR, _PTR, _PTR]),
     "mimo_read_limit": (_I32, [_PTR, _PTR, _I64, _I64, _PTR]),
@@ -158,6 +159,18 @@ class MlpBlock(ctypes.Structure):
         ("eps", _F32),
         ("reserved", _F32),
     )
+
+
+class Layer(ctypes.Structure):
+    """`mimo_layer`."""
+
+    _fields_ = (("attention", _PTR), ("mlp", _PTR), ("rope", _I64))
+
+
+class Rope(ctypes.Structure):
+    """`mimo_rope`."""
+
+    _fields_ = (("cos", _PTR), ("sin", _PTR))
 
 
 class Kernels:
