@@ -37,7 +37,7 @@ from quant.pack import Pack
 
 HERE = Path(__file__).resolve().parent
 VOCAB = 1024
-WARM = 60
+WARM = 24
 """Tokens before the measured ones: caches fill, and every expert has been checked once."""
 
 

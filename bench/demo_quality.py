@@ -1,10 +1,12 @@
 """Perplexity of the demo model: original attention and the shipped window, at BF16, 8 and 4 bit.
 
-    python bench/demo_quality.py [--cache DIR] [--text FILE]
+    python bench/demo_quality.py [--cache DIR] [--text FILE] [--activations [TABLE ...]]
 
 Reads bench/demo_text.txt (written for this repository) whole, through this project's engine;
 builds the packs it needs into the cache. `no sinks` is the shipped pack with its sinks switched
-off: what the learned ones are worth. Last stdout line is JSON.
+off: what the learned ones are worth. --activations: instead, what rounding activations costs the
+shipped packs: float32 activations (the torch twins) against the kernels of each table (default: of
+this CPU's best), reading 512 rows at a time (panels) and 8 (rows path). Last stdout line is JSON.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ import json
 import math
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +71,17 @@ def without_sinks(weights: PackWeights) -> PackWeights:
     return weights
 
 
+@contextmanager
+def with_kernels(library: kernels.Kernels | None) -> Iterator[None]:
+    """This library, or none, for everything that asks for one meanwhile."""
+    get = kernels.get
+    kernels.get = lambda: library  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        kernels.get = get
+
+
 def measure(pack: Path, ids: list[int], *, sinks: bool = True) -> dict[str, Any]:
     """Perplexities and size of one pack."""
     weights = open_weights(pack)
@@ -83,11 +97,8 @@ def measure(pack: Path, ids: list[int], *, sinks: bool = True) -> dict[str, Any]
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--cache", type=Path, help="cache folder; default: the user's")
-    parser.add_argument("--text", type=Path, default=TEXT)
-    args = parser.parse_args()
+def packs(cache: Path | None, text: Path) -> tuple[dict[str, Any], int]:
+    """Results of every pack by name, and how many tokens the text has."""
     results: dict[str, Any] = {}
     ids: list[int] = []
     for variant, fmt, sinks in (
@@ -98,14 +109,59 @@ def main() -> None:
         ("swa", "nf4", True),
         ("swa", "int8", False),
     ):
-        pack = demo_pack(variant=variant, fmt=fmt, cache_dir=args.cache)
-        ids = ids or Tokenizer.from_dir(pack).encode(args.text.read_text(encoding="utf-8"))
+        pack = demo_pack(variant=variant, fmt=fmt, cache_dir=cache)
+        ids = ids or Tokenizer.from_dir(pack).encode(text.read_text(encoding="utf-8"))
         name = f"{variant} {fmt}" + ("" if sinks else " no sinks")
         results[name] = measure(pack, ids, sinks=sinks)
         print(f"{name:20} {results[name]['perplexity']}", flush=True)
+    return results, len(ids)
+
+
+def activations(cache: Path | None, text: Path, tables: list[str]) -> tuple[dict[str, Any], int]:
+    """Results by pack and arithmetic, and how many tokens the text has."""
+    library = kernels.loaded()
+    results: dict[str, Any] = {}
+    ids: list[int] = []
+    for fmt in ("int8", "nf4"):
+        pack = demo_pack(fmt=fmt, cache_dir=cache)
+        ids = ids or Tokenizer.from_dir(pack).encode(text.read_text(encoding="utf-8"))
+        cases: list[tuple[str, kernels.Kernels | None, int]] = [("float32", None, 512)]
+        for table in tables or [library.isa]:
+            bound = library.with_isa(table)
+            cases += [(f"{table} panels", bound, 512), (f"{table} rows", bound, 8)]
+        plain: torch.Tensor | None = None
+        for arithmetic, kernel, chunk in cases:
+            with with_kernels(kernel):
+                weights = open_weights(pack)
+                losses = token_losses(Model(weights, ExpertStore(weights)), ids, chunk)
+            plain = losses if plain is None else plain
+            more = losses - plain
+            change = math.expm1(float(more.mean()))
+            sigma = float(more.std()) / len(more) ** 0.5
+            results[f"{fmt} {arithmetic}"] = {
+                "perplexity": perplexities(losses),
+                "change": round(change, 5),
+                "standard_error": round(sigma, 5),
+                "token_change_rms": round(float(more.square().mean().sqrt()), 4),
+            }
+            perplexity = perplexities(losses)["all"]
+            print(f"{fmt} {arithmetic:16} {perplexity} {change:+.2%} +- {sigma:.2%}", flush=True)
+    return results, len(ids)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--cache", type=Path, help="cache folder; default: the user's")
+    parser.add_argument("--text", type=Path, default=TEXT)
+    parser.add_argument("--activations", nargs="*", metavar="TABLE")
+    args = parser.parse_args()
+    if args.activations is None:
+        results, tokens = packs(args.cache, args.text)
+    else:
+        results, tokens = activations(args.cache, args.text, args.activations)
     report = {
         "text": args.text.name,
-        "tokens": len(ids),
+        "tokens": tokens,
         "kernels": kernels.describe(),
         "torch": torch.__version__,
         "machine": platform.machine(),

@@ -10,9 +10,9 @@ Each engine holds its model in a process of its own; the two are asked in turn, 
 other one stopped meanwhile, and what is reported is the median of the ratios of neighbours
 (llama.cpp's time / ours: above 1 we are faster), with the smallest and the largest. The first token
 of a burst is not counted. Weights of both lie in memory of their own, where the system cannot take
-them away. `--isa avx2` holds both to AVX2. llama.cpp is built from the package registry into its own virtual
-environment on the first run (7 minutes on two cores) and kept; slices (2 to 8 GB) are deleted
-unless --keep. The last stdout line is one JSON document.
+them away. `--isa avx2` holds both to AVX2. llama.cpp is built from the package registry into its
+own virtual environment on the first run (7 minutes on two cores) and kept; slices (4 GB a mixture
+layer) are deleted unless --keep. The last stdout line is one JSON document.
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import random
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from mimo_local.errors import CancelledError, UsageError
 from mimo_local.events import Progress
 from mimo_local.experts.meters import Meters
+from mimo_local.hardware import peak_rss
 
 if TYPE_CHECKING:
     from mimo_local.cache import KVCache
@@ -248,14 +248,6 @@ def measure(runner: Runner, test: Test) -> float:
         for token in ids[test.depth :]:
             runner.step(token)
     return test.tokens / (time.perf_counter() - start)
-
-
-def peak_rss() -> int:
-    """Largest resident memory of this process so far, in bytes."""
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def machine(hardware: Hardware) -> dict[str, Any]:

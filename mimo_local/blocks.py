@@ -147,11 +147,13 @@ class NativeLayers:
         """`dtype`: of the caches, one of KV_DTYPES."""
         self._native, self._keep = native, halves
         self._kinds = list(dict.fromkeys(attention.kind for attention, _ in halves))
-        self._layers = (kernels.Layer * len(halves))()
-        for layer, (attention, mixture) in zip(self._layers, halves, strict=True):
-            layer.attention, layer.mlp = attention.address(dtype), mixture.address
-            layer.rope = self._kinds.index(attention.kind)
-        self._at = ctypes.addressof(self._layers)
+        # `mimo_layer`, one after the other.
+        layers = (
+            (attention.address(dtype), mixture.address, self._kinds.index(attention.kind))
+            for attention, mixture in halves
+        )
+        self._layers = array("q", [number for layer in layers for number in layer])
+        self._at, self._n = self._layers.buffer_info()[0], len(halves)
 
     def __call__(
         self,
@@ -168,13 +170,15 @@ class NativeLayers:
         else:
             keep = [table.rows(spans) for table in tables]
             turns = [(cos.data_ptr(), sin.data_ptr()) for cos, sin in keep]
-        places = zip(*(cache.places(n) for cache, n in zip(caches, counts, strict=True)), strict=True)
+        places = zip(
+            *(cache.places(n) for cache, n in zip(caches, counts, strict=True)), strict=True
+        )
         # As `mimo_kv` lies in memory: by layers, then by sequences.
         pairs = (pair for layer in places for pair in zip(layer, spans, strict=True))
         sequences = array("q", [number for place, span in pairs for number in place + span])
         rope = array("q", [address for turn in turns for address in turn])
         self._native.call(
-            "layers", self._at, len(self._layers), x.data_ptr(), x.shape[0],
+            "layers", self._at, self._n, x.data_ptr(), x.shape[0],
             rope.buffer_info()[0], len(tables), sequences.buffer_info()[0], len(caches),
         )  # fmt: skip
 

@@ -18,8 +18,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mimo_local import __version__, hardware, kernels
+from mimo_local import __version__, hardware, kernels, runs, verdicts
 from mimo_local.errors import MimoError
+from mimo_local.plan import here
+from mimo_local.plan.planner import span
 from mimo_local.settings import PACK_MANIFEST, Paths, Settings
 from mimo_local.sizes import GB, gb
 
@@ -91,6 +93,7 @@ def examine(*, seconds: float = 0.5, env: Mapping[str, str] = os.environ) -> Rep
     _storage(notes, facts, paths, seconds)
     _software(notes)
     _models(notes, paths, env)
+    _predictions(notes, facts, paths)
     _terminal(notes, env)
     return Report(tuple(notes.sections), tuple(notes.problems))
 
@@ -224,6 +227,27 @@ def _models(notes: _Notes, paths: Paths, env: Mapping[str, str]) -> None:
     demo = sorted(p for p in found if not p.name.startswith("."))  # .build-*: being made
     lines.append(("demo model", str(demo[0]) if demo else "not built: `mimo demo` fetches it"))
     notes.section("models", *lines)
+
+
+def _predictions(notes: _Notes, facts: hardware.Hardware, paths: Paths) -> None:
+    """The last answer beside what was predicted for it; nothing on a machine without answers."""
+    mine = here.machine_key(facts)
+    found = [run for run in runs.recent(paths.data_dir, runs.LIMIT) if run.machine == mine]
+    judged = [(run, findings) for run in found if (findings := verdicts.judge(run))]
+    if not judged:
+        return
+    run, findings = judged[-1]
+    rates = "calibrated" if run.calibrated else "assumed rates"
+    lines = [("last answer", f"{run.at[:16].replace('T', ' ')}, {run.model}, {rates}")]
+    for finding in findings:
+        predicted = span([finding.low, finding.high])
+        lines.append(
+            (finding.what, f"{finding.measured:.1f} tokens/s measured, {predicted} predicted")
+        )
+        if finding.off:
+            fix = "see `mimo plan --check`" if run.calibrated else "run `mimo plan --calibrate`"
+            notes.warn(finding.sentence(), fix)
+    notes.section("predictions", *lines)
 
 
 def _terminal(notes: _Notes, env: Mapping[str, str]) -> None:

@@ -23,16 +23,8 @@ from mimo_local.errors import (
     NotEnoughMemoryError,
     UsageError,
 )
-from mimo_local.events import (
-    Done,
-    ExpertFigures,
-    Failed,
-    FinishReason,
-    Prefill,
-    Progress,
-    Stats,
-    Token,
-)
+from mimo_local.events import Done, Failed, FinishReason, Prefill, Progress, Stats, Token
+from mimo_local.experts.meters import figures
 from mimo_local.sampler import Sampler, SamplingParams
 from mimo_local.stream import NO_ID, Stream, TextOutput
 
@@ -43,6 +35,7 @@ if TYPE_CHECKING:
     from mimo_local.config import ModelConfig
     from mimo_local.experts.meters import Meters
     from mimo_local.model import Model
+    from mimo_local.runs import Recorder
     from mimo_local.settings import Settings
     from mimo_local.tokenizer import Tokenizer
 
@@ -122,8 +115,12 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         new_cache: Callable[[], KVCache] | None = None,
         kernel: str = "",
+        recorder: Recorder | None = None,
     ) -> None:
-        """`new_cache`: how sessions keep keys and values; by default the model's own way."""
+        """`new_cache`: how sessions keep keys and values; by default the model's own way.
+
+        `recorder`: told what each answer took.
+        """
         self.name, self.description, self.kernel = name, description, kernel
         self.tokenizer, self.context_limit = tokenizer, context_limit
         self.config: ModelConfig = model.config
@@ -132,6 +129,7 @@ class Engine:
         )
         self._model = model
         self._new_cache = new_cache or model.new_cache
+        self._recorder = recorder
         self._work: deque[_Request | tuple[Future[Tensor], list[int]]] = deque()
         self._ready = threading.Condition()
         self._closing = False
@@ -157,6 +155,7 @@ class Engine:
             tokenizer=found.tokenizer,
             new_cache=found.new_cache,
             kernel=found.kernel,
+            recorder=found.recorder,
         )
 
     def new_session(self) -> Session:
@@ -256,29 +255,8 @@ class Engine:
             context_used=len(request.session.ids),
             context_limit=self.context_limit,
             cache_bytes=sum(request.session.cache.nbytes.values()),
-            experts=self._expert_figures(request),
+            experts=figures(self._model.experts, request.meters),
             kernel=self.kernel,
-        )
-
-    def _expert_figures(self, request: _Request) -> ExpertFigures | None:
-        store = self._model.experts
-        held = store.nbytes
-        if "disk" not in held or request.meters is None:
-            return None
-        used = store.meters.since(request.meters)
-        return ExpertFigures(
-            wanted=used.wanted,
-            vram_hits=used.vram_hits,
-            ram_hits=used.ram_hits,
-            staged_hits=used.staged_hits,
-            misses=used.misses,
-            disk_bytes=used.disk_bytes,
-            prompt_disk_bytes=used.sweep_bytes,
-            wait_s=used.wait_s,
-            ram_bytes=held.get("ram", 0),
-            vram_bytes=held.get("vram", 0),
-            prefetching=store.wants_guesses,
-            note="; ".join(store.notes),
         )
 
     # ---- the engine's own thread -----------------------------------------------------------------
@@ -287,7 +265,10 @@ class Engine:
         while (work := self._next()) is not None:
             try:
                 if isinstance(work, _Request):
-                    work.stream.put(Done(self._answer(work), self._stats(work)))
+                    done = Done(self._answer(work), self._stats(work))
+                    work.stream.put(done)
+                    if self._recorder is not None:
+                        self._recorder.end(done.stats)
                 else:
                     work[0].set_result(self._all_logits(work[1]))
             except BaseException as error:
@@ -320,6 +301,8 @@ class Engine:
         from mimo_local.generate import generate
 
         session, stream, text = request.session, request.stream, request.text
+        if self._recorder is not None:
+            self._recorder.begin()
         request.started = time.monotonic()
         request.meters = self._model.experts.meters.copy()
         # At least one id must go through the model again: its logits are where the answer starts.
@@ -345,6 +328,8 @@ class Engine:
                 break
             if not request.tokens:
                 request.first_token = time.monotonic()
+                if self._recorder is not None:
+                    self._recorder.first_token()
                 session.remember()
             request.tokens += 1
             piece, stopped = text.push(token)

@@ -12,6 +12,7 @@ MimoError
 ├── NativeError          5    the kernel library: wrong arguments, broken build
 ├── DiskSpaceError       1    the target file system is too small or full
 ├── DocumentError        1    a document that cannot be read
+├── TraceError           1    a routing trace that cannot be read
 ├── DownloadError        1    a package or a file that cannot be fetched
 └── CancelledError     130    the user stopped it
 
@@ -100,6 +101,10 @@ class DiskSpaceError(MimoError):
 
 class DocumentError(MimoError):
     """A document cannot be read; the message says which part and why."""
+
+
+class TraceError(MimoError):
+    """A file is no routing trace, or a damaged one."""
 
 
 class DownloadError(MimoError):

@@ -249,6 +249,14 @@ def measure_ram(seconds: float = 0.3, *, threads: int | None = None, size: int =
     return Speed(rate, f"{count} thread{'s' if count > 1 else ''}")
 
 
+def peak_rss() -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
 def usable_cores(root: Path = Path("/")) -> int:
     """Logical cores left after affinity and cgroup quota, at least 1."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -20,9 +20,12 @@ from mimo_local.errors import NotEnoughMemoryError, UsageError
 from mimo_local.events import Progress
 from mimo_local.experts.memory import available_memory
 from mimo_local.experts.opening import open_store
+from mimo_local.experts.store import Store
 from mimo_local.model import Model
-from mimo_local.settings import Settings
-from mimo_local.sizes import activation_bytes, kv_bytes
+from mimo_local.plan import Plan, here, plan
+from mimo_local.runs import Recorder
+from mimo_local.settings import Paths, Settings
+from mimo_local.sizes import PackSizes, activation_bytes, kv_bytes
 from mimo_local.tokenizer import Tokenizer
 from mimo_local.weights import PackWeights, Weights, open_weights
 
@@ -44,6 +47,9 @@ class Loaded:
     tokenizer: Tokenizer | None
     new_cache: Callable[[], KVCache]
     kernel: str
+    plan: Plan | None
+    """What was planned and predicted; None for a checkpoint."""
+    recorder: Recorder | None
 
 
 def load(settings: Settings, on_event: Callable[[Progress], None] | None = None) -> Loaded:
@@ -60,14 +66,20 @@ def load(settings: Settings, on_event: Callable[[Progress], None] | None = None)
     has_tokenizer = (path / "tokenizer.json").is_file()
     tokenizer = Tokenizer.from_dir(path) if has_tokenizer else None
     dtype = kv_dtype(settings.kv_dtype, weights.kind)
+    made = None
+    if isinstance(weights, PackWeights):
+        made = make_plan(path, weights, settings, dtype)
     experts = open_store(
         weights,
         ram=settings.ram,
-        spare=spare(weights.config, settings.context, dtype),
+        spare=spare(weights.config, settings.context, dtype) if made is None else made.spare_bytes,
         prefetch=settings.prefetch,
+        vram=0 if made is None else made.expert_vram_bytes,
+        device="cuda",
         on_progress=on_event,
     )
-    model = Model(weights, experts, on_progress=on_event)
+    hidden = None if made is None else made.hidden_budget_bytes
+    model = Model(weights, experts, hidden_budget=hidden, on_progress=on_event)
 
     def new_cache() -> KVCache:
         return model.new_cache(dtype=dtype)
@@ -76,15 +88,47 @@ def load(settings: Settings, on_event: Callable[[Progress], None] | None = None)
         model=model,
         name=path.resolve().name,
         description=describe(path, weights),
-        context_limit=context_limit(weights.config, settings.context, dtype),
+        context_limit=context_limit(
+            weights.config, settings.context if made is None else made.context, dtype
+        ),
         tokenizer=tokenizer,
         new_cache=new_cache,
         kernel=kernels.describe(),
+        plan=made,
+        recorder=None if made is None else new_recorder(path, weights.config, made, experts),
     )
 
 
+def make_plan(path: Path, weights: PackWeights, settings: Settings, dtype: torch.dtype) -> Plan:
+    """Where a pack's bytes go in the memory that is free now, and what to expect of that."""
+    data, facts = Paths.default().data_dir, hardware.detect(path)
+    known = here.calibration_of(data, here.machine_key(facts), here.model_key(path))
+    wish, most = settings.context, weights.config.max_context
+    return plan(
+        weights.config,
+        PackSizes.of_pack(weights.pack.manifest),
+        here.free_now(facts, known, limit=settings.ram, vram=vram(settings.vram)),
+        context=None if wish is None else min(wish, most),
+        kv_itemsize=dtype.itemsize,
+    )
+
+
+def vram(wish: int | None) -> int | None:
+    """Most bytes of a GPU's memory to use: 0 where torch can use none; None: what is free."""
+    return wish if torch.cuda.is_available() else 0
+
+
+def new_recorder(path: Path, config: ModelConfig, made: Plan, experts: Store) -> Recorder:
+    """Who writes down what answers took beside what `made` had predicted."""
+    machine = here.machine_key(hardware.detect(path))
+    return Recorder(
+        Paths.default().data_dir, config=config, plan=made, meters=experts.meters.copy,
+        machine=machine, model=path.resolve().name, pack=here.model_key(path),
+    )  # fmt: skip
+
+
 def spare(config: ModelConfig, context: int | None, dtype: torch.dtype) -> int:
-    """Bytes to keep from the experts: the cache of one session, and a step's activations."""
+    """Bytes to keep from a checkpoint's experts: the cache of a session, a step's activations."""
     tokens = min(context or DEFAULT_CONTEXT, config.max_context)
     return kv_bytes(config, tokens, dtype.itemsize) + activation_bytes(config)
 

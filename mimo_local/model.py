@@ -42,11 +42,19 @@ class Model:
     """The main model, MTP layers left out."""
 
     def __init__(
-        self, weights: Weights, experts: Store, *, on_progress: OnProgress | None = None
+        self,
+        weights: Weights,
+        experts: Store,
+        *,
+        hidden_budget: int | None = None,
+        on_progress: OnProgress | None = None,
     ) -> None:
-        """Read everything but the experts; their store is already loaded."""
+        """Read everything but the experts; their store is already loaded.
+
+        `hidden_budget`: bytes of a long prompt's hidden states, see `prefill.How`.
+        """
         config = self.config = weights.config
-        self.experts = experts
+        self.experts, self.hidden_budget = experts, hidden_budget
         self.embedding = weights.embedding("model.embed_tokens.weight")
         self.layers: list[Layer] = []
         for spec in config.layers:
@@ -188,7 +196,7 @@ class Model:
         ids, total = segment.ids, segment.ids.shape[0]
         if total >= layer_major_from and self.config.is_moe:
             self._check([segment])
-            how = how or prefill.How(chunk)
+            how = how or prefill.How(chunk, self.hidden_budget)
             reader = prefill.Reader(
                 self.layers, self.embedding, self.ropes, segment.cache, how,
                 on_progress=on_progress, cancel=cancel,

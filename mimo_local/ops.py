@@ -115,23 +115,32 @@ def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
     part.mul_(cos).addcmul_(swapped, sin)
 
 
+def election(score: torch.Tensor, bias: torch.Tensor, config: ModelConfig) -> torch.Tensor:
+    """score (T, E), bias (E,) -> (T, E): by this the experts of a row are chosen.
+
+    With groups, only the experts of the best groups (by their two best votes) stand: the others
+    get -inf.
+    """
+    votes = score + bias
+    if config.n_group == 1:
+        return votes
+    groups = votes.view(score.shape[0], config.n_group, -1)
+    strength = groups.topk(2, dim=-1).values.sum(-1)
+    best = strength.topk(config.topk_group, dim=-1).indices
+    out = torch.ones_like(strength, dtype=torch.bool).scatter_(1, best, False)
+    return groups.masked_fill(out[..., None], -torch.inf).flatten(1)
+
+
 def route(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, config: ModelConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x (T, D), router weight (E, D), bias (E,), all float32 -> ids (T, K) int64, weights (T, K).
 
-    Scores are sigmoids. The bias decides who is chosen, never how much a chosen expert counts. With
-    groups, only the experts of the best groups (by their two best scores) stand for election.
+    Scores are sigmoids. The bias decides who is chosen, never how much a chosen expert counts.
     """
     score = scores(x, weight)
-    election = score + bias
-    if config.n_group > 1:
-        groups = election.view(x.shape[0], config.n_group, -1)
-        strength = groups.topk(2, dim=-1).values.sum(-1)
-        best = strength.topk(config.topk_group, dim=-1).indices
-        out = torch.ones_like(strength, dtype=torch.bool).scatter_(1, best, False)
-        election = groups.masked_fill(out[..., None], -torch.inf).flatten(1)
-    ids = election.topk(config.experts_per_token, dim=-1, sorted=False).indices
+    votes = election(score, bias, config)
+    ids = votes.topk(config.experts_per_token, dim=-1, sorted=False).indices
     weights = score.gather(1, ids)
     if config.norm_topk_prob:
         weights = weights / weights.sum(-1, keepdim=True).add_(1e-20)

@@ -111,6 +111,11 @@ def _size(value: Any) -> int:
     return parse_size(value)
 
 
+def _room(value: Any) -> int:
+    """A size, or 0 for none of it."""
+    return 0 if value in (0, "0") and not isinstance(value, bool) else _size(value)
+
+
 def _choice(*names: str) -> Callable[[Any], str]:
     def check(value: Any) -> str:
         if value not in names:
@@ -150,6 +155,7 @@ class Settings:
     context: int | None = None
     threads: int | None = None
     ram: int | None = None
+    vram: int | None = None
     prefetch: Prefetch = "auto"
     kv_dtype: KvDtype = "auto"
     window: int | None = None
@@ -216,6 +222,10 @@ _RULES: Final[dict[str, tuple[Callable[[Any], Any], str]]] = {
     "ram": (
         _size,
         "most RAM to use, like 48GB: what does not fit stays on disk; unset: what is free",
+    ),
+    "vram": (
+        _room,
+        "most GPU memory for experts, like 12GB; 0: none; unset: what is free, if there is a GPU",
     ),
     "prefetch": (
         _choice(*get_args(Prefetch)),

@@ -353,7 +353,7 @@ class ShapeBench:
             "disk_note": self.disk[1],
             "machine": benchmark.machine(machine),
             "made_s": None if self.made_s is None else _round(self.made_s),
-            "peak_rss_bytes": benchmark.peak_rss(),
+            "peak_rss_bytes": hardware.peak_rss(),
         }
 
 

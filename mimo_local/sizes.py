@@ -17,8 +17,10 @@ from quant.inventory import role_of
 from quant.recipe import FORMAT_NAMES, Recipe
 
 GB = 1_000_000_000
+SCALE_GROWTH = 18 / 17  # a 4-bit expert in VRAM: 64 weights are 32 bytes and a float32, not float16
 ALIGN = 4096  # an expert starts on a page, so that one direct read brings it
 CHUNK = 512  # rows of one prefill step: what the activations are sized for
+HIDDEN_BUFFERS = 3  # residual stream, normed rows, a layer's output
 
 KINDS = ("attention", "dense", "head", "embedding", "mtp")
 
@@ -99,6 +101,12 @@ def kv_bytes(config: ModelConfig, tokens: int, itemsize: int = 2) -> int:
     )
 
 
+def hidden_bytes(config: ModelConfig, tokens: int) -> int:
+    """Bytes of a prompt that goes through the layers as a whole: hidden states, choices."""
+    row = HIDDEN_BUFFERS * 4 * config.hidden_size + 8 * config.experts_per_token
+    return row * tokens
+
+
 def activation_bytes(config: ModelConfig) -> int:
     """Float32 rows of one prefill step plus the largest matrix a product unpacks."""
     heads = max(ly.heads * (ly.head_dim + ly.v_head_dim) for ly in config.layers)
@@ -110,7 +118,10 @@ def activation_bytes(config: ModelConfig) -> int:
 
 @dataclass(frozen=True, slots=True)
 class PackSizes:
-    """Bytes of a pack by what is placed together; `expert` is one, padded to 4 KiB."""
+    """Bytes of a pack by what is placed together; `expert` is one, padded to 4 KiB.
+
+    `slot`: bytes of one expert in VRAM, where scales of 4-bit weights are float32; 0: as `expert`.
+    """
 
     expert: int
     experts: int
@@ -120,6 +131,7 @@ class PackSizes:
     embedding: int
     mtp: int
     exact: int
+    slot: int = 0
 
     @classmethod
     def estimate(cls, config: ModelConfig, recipe: Recipe | None = None) -> PackSizes:
@@ -135,6 +147,7 @@ class PackSizes:
             expert=-(-one // ALIGN) * ALIGN,
             experts=count,
             exact=4 * exact_weights(config),
+            slot=_slot(one, recipe.experts),
             **{kind: size[kind] for kind in KINDS},
         )
 
@@ -150,7 +163,9 @@ class PackSizes:
                 size[kind] += (
                     4 * math.prod(shape) if exact else matrix_bytes(entry["format"], *shape)
                 )
-            layers = [(int(e["count"]), int(e["stride"])) for e in manifest["experts"].values()]
+            found = manifest["experts"].values()
+            layers = [(int(e["count"]), int(e["stride"])) for e in found]
+            slots = [_slot(int(e["nbytes"]), str(e["format"])) for e in found]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PackError(
                 f"pack.json is damaged: {type(error).__name__}: {error}",
@@ -160,8 +175,19 @@ class PackSizes:
             expert=max((stride for _, stride in layers), default=0),
             experts=sum(count for count, _ in layers),
             exact=size["exact"],
+            slot=max(slots, default=0),
             **{kind: size[kind] for kind in KINDS},
         )
+
+    @property
+    def vram_slot(self) -> int:
+        """Bytes one expert takes in VRAM."""
+        return self.slot or self.expert
+
+    @property
+    def ram_slot(self) -> int:
+        """Bytes of the RAM tier that one expert takes: whole pages (`experts.arena`)."""
+        return -(-self.expert // ALIGN) * ALIGN
 
     @property
     def total(self) -> int:
@@ -172,6 +198,12 @@ class PackSizes:
     def resident(self) -> int:
         """Bytes every token needs besides experts; embedding included, MTP not."""
         return self.attention + self.dense + self.head + self.embedding + self.exact
+
+
+def _slot(nbytes: int, fmt: str) -> int:
+    """Bytes in VRAM of an expert that has `nbytes` in the pack, rounded up to 256."""
+    grown = math.ceil(nbytes * (SCALE_GROWTH if fmt == "nf4" else 1))
+    return -(-grown // 256) * 256
 
 
 def gb(nbytes: float) -> str:

@@ -21,7 +21,7 @@ import torch
 from mimo_local.errors import CheckpointError
 from quant import mxfp4
 from quant.formats import Parts, get_format
-from quant.fp8 import BLOCK, fp8_to_f32, fused_grid
+from quant.fp8 import BLOCK, Fp8Rows, fused_grid
 from quant.shards import INDEX, REFETCH, find_shards
 from quant.tensorfile import DTYPES, Scratch, TensorFile, read_json
 from quant.twins import MXFP4_MOST
@@ -153,27 +153,41 @@ class Checkpoint:
         With `scratch` the result is valid until the next read with it. Raises CheckpointError
         naming file and tensor for NaN or infinite scales and weights.
         """
-        source = self._source(name)
-        start, stop = _range(source, rows)
         if name in self._mxfp4:
             return get_format("mxfp4").unpack(self.read_mxfp4(name, rows))
+        scratch = scratch or Scratch()
+        return self.widen(name, self.load(name, rows, scratch=scratch), scratch)
+
+    def load(
+        self, name: str, rows: slice | None = None, *, scratch: Scratch | None = None
+    ) -> torch.Tensor | Fp8Rows:
+        """Rows of a tensor as stored, FP8 with its scales; may be called in several threads.
+
+        With `scratch` the result is valid until the next load with it. Raises CheckpointError for
+        what holds no weights and for scales that are NaN or infinite.
+        """
+        source = self._source(name)
+        start, stop = _range(source, rows)
         if source.dtype not in _FP8 + _FLOATS:
             raise CheckpointError(
                 f"{source.file.path.name}: {name} is stored as {source.dtype}, not as weights",
                 hint="this version reads FP8 (E4M3), MXFP4, BF16, F16 and F32 checkpoints",
             )
-        scratch = scratch or Scratch()
         raw = source.load(start, stop, scratch)
-        values = scratch.take("values", torch.float32, tuple(raw.shape))
-        if source.dtype in _FP8:
-            fp8_to_f32(raw, values)
-            self._apply_scales(name, values, start, stop)
+        return self._with_scales(name, raw, start, stop) if source.dtype in _FP8 else raw
+
+    def widen(self, name: str, stored: torch.Tensor | Fp8Rows, scratch: Scratch) -> torch.Tensor:
+        """What `load` gave as float32, in `scratch`; CheckpointError for NaN and infinity."""
+        values = scratch.take("values", torch.float32, tuple(stored.shape))
+        if isinstance(stored, Fp8Rows):
+            stored.values(values)
         else:
-            values.copy_(raw)
+            values.copy_(stored)
         # One sum is 4 times cheaper than isfinite; only a bad (or huge) sum asks for the full look.
         if not bool(values.sum().isfinite()) and not bool(values.isfinite().all()):
             raise CheckpointError(
-                f"{source.file.path.name}: {name} holds NaN or infinite weights", hint=REFETCH
+                f"{self._source(name).file.path.name}: {name} holds NaN or infinite weights",
+                hint=REFETCH,
             )
         return values
 
@@ -325,8 +339,8 @@ class Checkpoint:
             hint="the file may be damaged, or config.json belongs to another checkpoint",
         )
 
-    def _apply_scales(self, name: str, values: torch.Tensor, start: int, stop: int) -> None:
-        """Multiply rows start..stop of an FP8 tensor by their block scales, in place."""
+    def _with_scales(self, name: str, raw: torch.Tensor, start: int, stop: int) -> Fp8Rows:
+        """Rows start..stop of an FP8 tensor beside their block scales."""
         scales = self._scales[name]
         table = torch.cat([s.load(0, s.shape[0]).float() for s in scales.sources])
         if not bool(table.isfinite().all()):
@@ -335,17 +349,10 @@ class Checkpoint:
                 f"{bad.file.path.name}: {bad.stored} holds NaN or infinite scales", hint=REFETCH
             )
         if scales.rows is None:
-            index = torch.arange(start, stop) // self._block[0]
+            row_of = torch.arange(start, stop, dtype=torch.int32) // self._block[0]
         else:
-            index = scales.rows[start:stop]
-        per_row = table[index]  # (rows, column blocks)
-        width = self._block[1]
-        whole = values.shape[1] // width
-        if whole:
-            blocks = values[:, : whole * width].view(-1, whole, width)
-            blocks.mul_(per_row[:, :whole].unsqueeze(2))
-        if values.shape[1] > whole * width:
-            values[:, whole * width :].mul_(per_row[:, whole:])
+            row_of = scales.rows[start:stop].int()
+        return Fp8Rows(raw, table, row_of, self._block[1])
 
 
 def _range(source: _Source, rows: slice | None) -> tuple[int, int]:

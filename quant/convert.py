@@ -10,10 +10,14 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
+
+import torch
 
 from mimo_local import kernels
 from mimo_local.errors import (
@@ -21,24 +25,28 @@ from mimo_local.errors import (
     CheckpointError,
     ConfigError,
     DiskSpaceError,
+    NativeError,
+    PackError,
     UsageError,
 )
 from mimo_local.events import Progress
 from quant.checkpoint import Checkpoint
 from quant.formats import Format, Parts, get_format
+from quant.fp8 import Fp8Rows
 from quant.inventory import EXPERT_PARTS, expected, expert_name, layer_of
 from quant.jobs import Job, plan_bytes, plan_jobs
 from quant.journal import Journal
 from quant.layout import TensorSpec, plan_experts
 from quant.pack import JOURNAL, OnProgress, Pack
+from quant.pipeline import ahead
 from quant.recipe import Recipe
 from quant.tensorfile import Scratch
 from quant.writer import MANIFEST, PART, PackWriter, Record
 
 __all__ = ["Recipe", "convert", "plan_bytes"]
 
-CHUNK = 1 << 24
-"""Weights quantised at once: 64 MiB in float32."""
+CHUNK = 1 << 23
+"""Weights quantised at once: an expert's matrix, 32 MiB where it has to be widened first."""
 SPARE = 16 << 20
 """Bytes left free on the target beyond what the pack needs: journal, manifest, tokenizer files."""
 
@@ -99,6 +107,26 @@ def convert(
     return Pack.open(target)
 
 
+_Loaded: TypeAlias = torch.Tensor | Fp8Rows | Parts
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Rows of one tensor, and what they are to become."""
+
+    name: str
+    fmt: Format
+    rows: slice | None = None
+
+
+def _ranges(shape: tuple[int, ...]) -> Iterator[slice]:
+    """The rows of a tensor in steps of CHUNK weights."""
+    rows = shape[0] if shape else 1
+    step = max(1, CHUNK // max(shape[1] if len(shape) > 1 else 1, 1))
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
 @dataclass(frozen=True, slots=True)
 class _Run:
     """Writes one job's file, counting and asking whether to stop between pieces."""
@@ -112,40 +140,60 @@ class _Run:
 
     def write(self, job: Job, writer: PackWriter) -> Record:
         if job.shapes is None:
-            return writer.tensors(job.file, job.specs, self._rows)
+            pieces = [
+                _Piece(s.name, get_format(s.format), r) for s in job.specs for r in _ranges(s.shape)
+            ]
+            with closing(ahead(partial(self._load, piece) for piece in pieces)) as loaded:
+                return writer.tensors(job.file, job.specs, lambda spec: self._rows(spec, loaded))
+        fmt = get_format(job.fmt)
+        pieces = [_Piece(name, fmt) for name in job.names()]
         planned = plan_experts(job.file, job.layer, job.count, job.fmt, job.shapes)
-        return writer.experts(job.layer, planned, lambda e: self._expert(job, e))
+        with closing(ahead(partial(self._load, piece) for piece in pieces)) as loaded:
+            return writer.experts(
+                job.layer, planned, lambda e, views: self._expert(job, e, views, loaded)
+            )
 
-    def _rows(self, spec: TensorSpec) -> Iterator[Parts]:
+    def _rows(self, spec: TensorSpec, loaded: Iterator[_Loaded]) -> Iterator[Parts]:
         """The tensor's parts, CHUNK weights at a time."""
         fmt = get_format(spec.format)
         rows = spec.shape[0] if spec.shape else 1
         per_row = max(1, self.source.stored_bytes(spec.name) // max(rows, 1))
-        step = max(1, CHUNK // max(spec.shape[1] if len(spec.shape) > 1 else 1, 1))
-        for start in range(0, rows, step):
+        for part in _ranges(spec.shape):
             self._check_cancelled()
-            stop = min(start + step, rows)
-            yield self._parts(fmt, spec.name, slice(start, stop))
-            self.meter.add((stop - start) * per_row, _stage(spec.name))
+            yield self._parts(_Piece(spec.name, fmt, part), next(loaded))
+            self.meter.add((part.stop - part.start) * per_row, _stage(spec.name))
         self.meter.add(self.source.stored_bytes(spec.name) - rows * per_row, _stage(spec.name))
 
-    def _expert(self, job: Job, expert: int) -> dict[str, Parts]:
+    def _expert(
+        self, job: Job, expert: int, views: dict[str, Parts], loaded: Iterator[_Loaded]
+    ) -> None:
+        """Fill the views with the parts of an expert's matrices."""
         self._check_cancelled()
         fmt = get_format(job.fmt)
-        parts = {}
         for matrix in EXPERT_PARTS:
             name = expert_name(job.layer, expert, matrix)
-            parts[matrix] = self._parts(fmt, name)
+            self._parts(_Piece(name, fmt), next(loaded), views[matrix])
             self.meter.add(self.source.stored_bytes(name), _stage(name))
-        return parts
 
-    def _parts(self, fmt: Format, name: str, rows: slice | None = None) -> Parts:
-        """Rows of a matrix in their format; MXFP4 stays what it is."""
-        if fmt.name == "mxfp4" and self.source.dtype(name) == "MXFP4":
-            return self.source.read_mxfp4(name, rows)
-        return fmt.pack(
-            self.source.read(name, rows, scratch=self.scratch), search=self.recipe.search
-        )
+    def _load(self, piece: _Piece, scratch: Scratch) -> _Loaded:
+        """What is to be read of a piece; runs beside the rest. MXFP4 stays what it is."""
+        if self.source.dtype(piece.name) != "MXFP4":
+            return self.source.load(piece.name, piece.rows, scratch=scratch)
+        if piece.fmt.name == "mxfp4":
+            return self.source.read_mxfp4(piece.name, piece.rows)
+        return self.source.read(piece.name, piece.rows)
+
+    def _parts(self, piece: _Piece, stored: _Loaded, out: Parts | None = None) -> Parts:
+        """A piece in its format, in memory of its own or in `out`."""
+        if isinstance(stored, dict):
+            return stored if out is None else {k: out[k].copy_(v) for k, v in stored.items()}
+        if isinstance(stored, torch.Tensor):
+            stored = self.source.widen(piece.name, stored, self.scratch)
+        try:
+            return piece.fmt.pack(stored, search=self.recipe.search, out=out)
+        except (NativeError, PackError):
+            self.source.read(piece.name, piece.rows)  # knows which file holds NaN, and says so
+            raise
 
     def _check_cancelled(self) -> None:
         if self.cancel and self.cancel():

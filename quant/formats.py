@@ -17,6 +17,7 @@ import torch
 from mimo_local import kernels
 from mimo_local.errors import PackError
 from quant import twins
+from quant.fp8 import Fp8Rows
 from quant.twins import NF4_CODES
 
 __all__ = ["FORMATS", "INT8", "MXFP4", "NF4", "NF4_CODES", "Format", "Parts", "Plain", "get_format"]
@@ -58,8 +59,13 @@ class Format(Protocol):
     def matrix(self, parts: Parts) -> kernels.Matrix:
         """Addresses of contiguous parts for the kernels; the parts must outlive it."""
 
-    def pack(self, w: torch.Tensor, *, search: bool = True) -> Parts:
-        """W (N, K) float32 -> parts; `search` tries scales around the largest magnitude."""
+    def pack(
+        self, w: torch.Tensor | Fp8Rows, *, search: bool = True, out: Parts | None = None
+    ) -> Parts:
+        """W (N, K) float32, or FP8 -> parts, new ones or those of `out`.
+
+        `search` tries scales around the largest magnitude.
+        """
 
     def unpack(self, parts: Parts) -> torch.Tensor:
         """Parts -> W (N, K) float32."""
@@ -74,8 +80,17 @@ def _row_chunks(rows: int, cols: int, limit: int = _CHUNK) -> Iterator[slice]:
         yield slice(start, min(start + step, rows))
 
 
-def _f32(w: torch.Tensor) -> torch.Tensor:
+def _f32(w: torch.Tensor | Fp8Rows) -> torch.Tensor:
+    if isinstance(w, Fp8Rows):
+        return w.values()
     return w.detach().to(device="cpu", dtype=torch.float32).contiguous()
+
+
+def _source(w: torch.Tensor | Fp8Rows) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """Contiguous weights for the kernels and, for FP8, where its scales are."""
+    if not isinstance(w, Fp8Rows) or w.codes.dtype != torch.float8_e4m3fn:
+        return _f32(w), ()
+    return w.codes, (w.grid.data_ptr(), w.grid.shape[0], w.row_of.data_ptr(), w.block)
 
 
 def _native_matmul(
@@ -122,9 +137,10 @@ class _Quantized(ABC):
         parts = self.parts(rows, cols).values()
         return sum(dtype.itemsize * math.prod(shape) for dtype, shape in parts)
 
-    def pack(self, w: torch.Tensor, *, search: bool = True) -> Parts:
-        """W (N, K) float32 -> parts; raises PackError for a shape the format cannot hold."""
-        w = _f32(w)
+    def pack(
+        self, w: torch.Tensor | Fp8Rows, *, search: bool = True, out: Parts | None = None
+    ) -> Parts:
+        """As `Format.pack`; PackError for a shape the format cannot hold, NativeError for NaN."""
         rows, cols = w.shape
         if not self.supports(rows, cols):
             raise PackError(
@@ -133,10 +149,13 @@ class _Quantized(ABC):
             )
         native = kernels.get()
         if native is None:
-            return self.pack_torch(w, search=search)
-        out = {k: torch.empty(s, dtype=d) for k, (d, s) in self.parts(rows, cols).items()}
+            packed = self.pack_torch(_f32(w), search=search)
+            return packed if out is None else {k: out[k].copy_(v) for k, v in packed.items()}
+        if out is None:
+            out = {k: torch.empty(s, dtype=d) for k, (d, s) in self.parts(rows, cols).items()}
+        raw, fp8 = _source(w)
         codes, scales = out["codes"].data_ptr(), out["scales"].data_ptr()
-        native.quantize(self.code, w.data_ptr(), rows, cols, codes, scales, search)
+        native.quantize(self.code, raw.data_ptr(), rows, cols, codes, scales, search, *fp8)
         return out
 
     def unpack(self, parts: Parts) -> torch.Tensor:
@@ -332,10 +351,12 @@ class Plain:
         """Bytes of the weights."""
         return rows * cols * self.dtype.itemsize
 
-    def pack(self, w: torch.Tensor, *, search: bool = True) -> Parts:
-        """W (N, K) float32 -> its copy, rounded to the dtype; there is no scale to search."""
-        copied = torch.empty(w.shape, dtype=self.dtype)
-        return {"weight": copied.copy_(w.detach())}
+    def pack(
+        self, w: torch.Tensor | Fp8Rows, *, search: bool = True, out: Parts | None = None
+    ) -> Parts:
+        """W (N, K) -> its copy, rounded to the dtype; there is no scale to search."""
+        copy = torch.empty(w.shape, dtype=self.dtype) if out is None else out["weight"]
+        return {"weight": copy.copy_(_f32(w) if isinstance(w, Fp8Rows) else w.detach())}
 
     def unpack(self, parts: Parts) -> torch.Tensor:
         """Parts -> W (N, K) float32."""

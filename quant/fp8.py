@@ -18,6 +18,37 @@ BLOCK = 128
 
 
 @dataclass(frozen=True, slots=True)
+class Fp8Rows:
+    """Rows of an FP8 matrix as stored: weight (n, k) = codes[n, k] * grid[row_of[n], k // block].
+
+    `codes` (N, K) float8, `grid` (G, ceil(K / block)) float32, finite; `row_of` (N,) int32.
+    """
+
+    codes: torch.Tensor
+    grid: torch.Tensor
+    row_of: torch.Tensor
+    block: int
+
+    @property
+    def shape(self) -> torch.Size:
+        """(N, K)."""
+        return self.codes.shape
+
+    def values(self, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The weights (N, K) float32, into `out` if there is one."""
+        out = torch.empty(self.shape) if out is None else out
+        fp8_to_f32(self.codes, out)
+        per_row = self.grid[self.row_of]  # (rows, column blocks)
+        whole = out.shape[1] // self.block
+        if whole:
+            blocks = out[:, : whole * self.block].view(-1, whole, self.block)
+            blocks.mul_(per_row[:, :whole].unsqueeze(2))
+        if out.shape[1] > whole * self.block:
+            out[:, whole * self.block :].mul_(per_row[:, whole:])
+        return out
+
+
+@dataclass(frozen=True, slots=True)
 class FusedGrid:
     """Where the FP8 scales of split q, k, v tensors are when they were made on a fused block.
 

@@ -29,14 +29,26 @@ from quant.layout import (
     plan_tensors,
     tensor_to_json,
 )
+from quant.pipeline import BEHIND, Behind
 from quant.tensorfile import bytes_of
 
 FORMAT_VERSION = 1
 MANIFEST = "pack.json"
 PART = ".part"
+FLUSH = 64 << 20
+"""Bytes after which the system is asked to begin with the disk; else `fsync` would do it all."""
 
 Record: TypeAlias = dict[str, Any]
 """What the manifest says about one finished file; also one line of the conversion's journal."""
+
+
+class _Crc:
+    """A CRC-32 that grows piece by piece."""
+
+    value = 0
+
+
+_Piece: TypeAlias = tuple[memoryview, _Crc | None]
 
 
 class _Output:
@@ -48,17 +60,41 @@ class _Output:
         self.total = total
         self.done = 0
         self._sha = hashlib.sha256()
+        self._stored = 0
+        self._flushed = 0
+        self._behind: Behind[_Piece] = Behind(self._digest, self._check, self._store)
         with writing(self.path, 0, total):
             flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
             self._fd = os.open(self.part, flags, 0o644)
 
-    def write(self, data: bytes | memoryview) -> None:
-        view = memoryview(data)
-        self._sha.update(view)
-        with writing(self.path, self.done, self.total):
-            while view:
-                view = view[os.write(self._fd, view) :]
+    def write(self, data: bytes | memoryview, crc: _Crc | None = None) -> None:
+        """Hash and write the next bytes, behind the caller; `Behind` says when they may change.
+
+        `crc` goes on over them and is right after `commit`. An error may come with a later call.
+        """
         self.done += len(data)
+        self._behind.put((memoryview(data), crc))
+
+    def _digest(self, piece: _Piece) -> None:
+        self._sha.update(piece[0])
+
+    def _check(self, piece: _Piece) -> None:
+        data, crc = piece
+        if crc is not None:
+            crc.value = zlib.crc32(data, crc.value)
+
+    def _store(self, piece: _Piece) -> None:
+        data = piece[0]
+        with writing(self.path, self._stored, self.total):
+            while data:
+                n = os.write(self._fd, data)
+                self._stored += n
+                data = data[n:]
+            if self._stored - self._flushed >= FLUSH and hasattr(os, "posix_fadvise"):
+                # Linux starts writing such pages to the disk: nothing to wait for in `commit` then.
+                count = self._stored - self._flushed
+                os.posix_fadvise(self._fd, self._flushed, count, os.POSIX_FADV_DONTNEED)
+                self._flushed = self._stored
 
     def zeros_until(self, offset: int) -> None:
         """Padding up to `offset`; a larger gap means that data is missing."""
@@ -71,6 +107,7 @@ class _Output:
         """Make it durable, then give it its name; in this order a name means a whole file."""
         if self.done != self.total:
             raise ValueError(f"{self.path.name}: {self.done} of {self.total} bytes were given")
+        self._behind.finish()
         with writing(self.path, self.done, self.total):
             os.fsync(self._fd)
             self.close()
@@ -79,6 +116,7 @@ class _Output:
         return {"file": self.path.name, "bytes": self.total, "sha256": self._sha.hexdigest()}
 
     def close(self) -> None:
+        self._behind.close()
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
             os.close(fd)
@@ -141,52 +179,48 @@ class PackWriter:
         for its end: so memory holds one row range of the largest tensor.
         """
         header, size, entries = plan_tensors(file, specs)
+        crcs = {name: _Crc() for name in entries}
         with _Output(self.dst / file, size) as out:
             out.write(header)
             for name, entry in entries.items():
                 spec = TensorSpec(name, entry.format, entry.shape)
                 first, *later = entry.parts
                 waiting: dict[str, list[torch.Tensor]] = {part: [] for part in later}
-                crc = 0
                 out.zeros_until(entry.parts[first][2])
                 for parts in produce(spec):
-                    data = bytes_of(parts[first])
-                    crc = zlib.crc32(data, crc)
-                    out.write(data)
+                    out.write(bytes_of(parts[first]), crcs[name])
                     for part in later:
                         waiting[part].append(parts[part])
                 for part in later:
                     out.zeros_until(entry.parts[part][2])
                     for piece in waiting[part]:
-                        data = bytes_of(piece)
-                        crc = zlib.crc32(data, crc)
-                        out.write(data)
-                entries[name] = replace(entry, crc32=crc)
+                        out.write(bytes_of(piece), crcs[name])
             record = out.commit()
-        return record | {"tensors": {n: tensor_to_json(e) for n, e in entries.items()}}
+        done = {n: replace(entry, crc32=crcs[n].value) for n, entry in entries.items()}
+        return record | {"tensors": {n: tensor_to_json(e) for n, e in done.items()}}
 
     def experts(
         self,
         layer: int,
         planned: tuple[bytes, int, ExpertLayout],
-        produce: Callable[[int], dict[str, Parts]],
+        produce: Callable[[int, dict[str, Parts]], None],
     ) -> Record:
-        """A layer's experts, from `layout.plan_experts`; `produce(e)` gives matrix -> parts."""
+        """A layer's experts, from `layout.plan_experts`; `produce(e, matrix -> parts)` fills one.
+
+        The next expert is made while the last ones are written.
+        """
         header, size, layout = planned
-        buffer = torch.zeros(layout.stride, dtype=torch.uint8)
-        views = expert_views(buffer, layout)
-        crcs = []
+        buffers = [torch.zeros(layout.stride, dtype=torch.uint8) for _ in range(BEHIND + 1)]
+        views = [expert_views(buffer, layout) for buffer in buffers]
+        crcs = [_Crc() for _ in range(layout.count)]
         with _Output(self.dst / layout.file, size) as out:
             out.write(header)
-            for expert in range(layout.count):
-                for matrix, parts in produce(expert).items():
-                    for part, tensor in parts.items():
-                        views[matrix][part].copy_(tensor)
-                data = bytes_of(buffer)
-                crcs.append(zlib.crc32(data))
-                out.write(data)
+            for expert, crc in enumerate(crcs):
+                turn = expert % len(buffers)
+                produce(expert, views[turn])
+                out.write(bytes_of(buffers[turn]), crc)
             record = out.commit()
-        done = replace(layout, crc32=tuple(crcs))
+        done = replace(layout, crc32=tuple(crc.value for crc in crcs))
         return record | {"experts": {str(layer): experts_to_json(done)}}
 
     def copy(self, source: Path, name: str | None = None) -> Record:

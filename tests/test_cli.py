@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -20,7 +21,8 @@ from fakes import FakeEngine
 
 import mimo_local
 from mimo_local import cli
-from mimo_local.cli import answer, machine, models, packs, reference, status, tables
+from mimo_local.cli import answer, machine, models, packs, plan_text, reference, status
+from mimo_local.cli import plan as plan_command
 from mimo_local.errors import (
     CancelledError,
     DiskSpaceError,
@@ -32,6 +34,7 @@ from mimo_local.errors import (
 )
 from mimo_local.events import Prefill, Progress
 from mimo_local.plan import Budget, plan
+from mimo_local.plan.rates import CORE_FLOPS
 from mimo_local.settings import Settings
 from mimo_local.sizes import GB
 
@@ -177,6 +180,10 @@ def test_errors_are_one_line_and_a_hint(
         ["plan", "--ram", "lots"],
         ["plan", "--context", "999999999"],
         ["plan", "--format", "q4"],
+        ["plan", "--pages", "0"],
+        ["plan", "--cores", "0"],
+        ["plan", "--ram-rate", "fast"],
+        ["plan", "--disk-rate", "0"],
         ["bench", "-p", "a,b"],
         ["config"],
     ],
@@ -585,7 +592,7 @@ def test_a_checkpoint_becomes_a_pack_that_is_verified_planned_and_measured(
     planned = json.loads(capsys.readouterr().out)
     data = sum(p.stat().st_size for p in target.glob("*.safetensors"))
     assert 0.7 * data < planned["total"] <= data, "headers and padding are all that is missing"
-    assert planned["today_missing"] == 0
+    assert planned["fits"] and planned["staging_slots"] == 0
 
     assert cli.main(["bench", "-m", "small", "-p", "8", "-n", "2", "-r", "1"]) == 0
     measured = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -627,20 +634,27 @@ def test_a_long_conversion_is_confirmed_first(
 
 # -- machine ---------------------------------------------------------------------------------------
 
+GPU_24 = Budget(
+    ram=0, disk=1000 * GB, vram=24 * GB, cores=16, ram_rate=80e9, core_flops=CORE_FLOPS["avx512"]
+)
 MACHINES = {
     "laptop-16gb": Budget(ram=16 * GB, disk=500 * GB, cores=8, ram_rate=50e9, disk_rate=3.5e9),
-    "desktop-64gb-rtx4090": Budget(
-        ram=64 * GB, disk=1000 * GB, vram=24 * GB, cores=16, ram_rate=80e9
+    "laptop-8gb": Budget(ram=8 * GB, disk=150 * GB, cores=4, ram_rate=50e9, disk_rate=3.5e9),
+    **{f"rtx4090-{ram}gb": replace(GPU_24, ram=ram * GB) for ram in (32, 64, 96, 128, 192)},
+    "cpu-256gb": Budget(
+        ram=256 * GB, disk=2000 * GB, cores=32, ram_rate=200e9, core_flops=CORE_FLOPS["avx512"]
     ),
-    "workstation-256gb": Budget(ram=256 * GB, disk=2000 * GB, cores=32, ram_rate=200e9),
 }
 
 
 @pytest.mark.parametrize("name", MACHINES)
-def test_the_plan_of_three_machines(name: str, golden: Golden) -> None:
-    config, pack, title = machine.subject(None, "nf4")
-    found = plan(config, pack, MACHINES[name], context=8192)
-    golden(f"plan/{name}.txt", tables.plan(found, title) + "\n")
+def test_the_plan_of_a_machine(name: str, golden: Golden) -> None:
+    config, pack, title = plan_command.subject(None, "nf4")
+    found = plan(config, pack, MACHINES[name], gpu_dense=True)
+    now = plan(config, pack, MACHINES[name]) if found.placement.vram else None
+    text = plan_text.plan(found, title, now) + "\n"
+    text += "".join(f"error: {p.message}\nhint: {p.hint}\n" for p in found.problems)
+    golden(f"plan/{name}.txt", text)
 
 
 @pytest.mark.parametrize(
@@ -657,13 +671,13 @@ def test_the_plan_of_three_machines(name: str, golden: Golden) -> None:
     ],
 )
 def test_sizes(text: str, nbytes: int) -> None:
-    assert machine.size(text) == nbytes
+    assert plan_command.size(text) == nbytes
 
 
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "1ib", "1.GB", "24 GB RAM", "1e9", "٣GB"])
 def test_no_sizes(text: str) -> None:
     with pytest.raises(UsageError, match="is not a size"):
-        machine.size(text)
+        plan_command.size(text)
 
 
 def test_plan_takes_what_is_typed_and_the_machine_for_the_rest(
@@ -675,7 +689,7 @@ def test_plan_takes_what_is_typed_and_the_machine_for_the_rest(
     budget = data["budget"]
     assert (budget["vram"], budget["ram"], budget["disk"]) == (24 * GB, 64 * GB, 1000 * GB)
     assert budget["cores"] == 16
-    assert data["fits"] is True and data["today_missing"] > 0
+    assert data["fits"] is True and data["this_version"]["staging_slots"] == 16
     cli.main(["plan", "--disk", "1TB", "--json"])
     from mimo_local import hardware
 
@@ -819,3 +833,70 @@ def test_the_time_left_is_what_the_rest_takes_at_the_speed_so_far() -> None:
 )
 def test_durations(seconds: float, text: str) -> None:
     assert status.duration(seconds) == text
+
+
+# -- plan: rates given, calibrated, checked --------------------------------------------------------
+
+
+def test_given_rates_and_pages_reach_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["plan", "--vram", "0", "--ram", "64GB", "--disk", "1TB", "--ram-rate", "60GB/s"]
+    args += ["--disk-rate", "3.5GB", "--pages", "40", "--context", "32768"]
+    assert cli.main([*args, "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["budget"]["ram_rate"] == 60e9 and data["budget"]["disk_rate"] == 3.5e9
+    assert data["prediction"]["prefill"]["tokens"] == 40 * 550
+    assert data["hidden_budget_bytes"] > 0 and data["context"] == 32768
+    assert cli.main(args) == 0
+    out = capsys.readouterr().out
+    assert "RAM 60 GB/s (given)" in out and "disk 3.5 GB/s (given)" in out
+    assert "40 pages (22000 tokens) read in" in out and "uniform-skewed" in out
+
+
+def test_calibrating_answering_and_checking_a_pack(
+    user_home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import tiny
+
+    from mimo_local import runs
+    from mimo_local.runs import Cost, Predicted, Run
+
+    assert cli.main(["plan", "--check"]) == 0
+    assert "no answer" in capsys.readouterr().out
+    source = tiny.write(tmp_path / "source", tiny.config(hidden=64, moe_intermediate=64))
+    assert cli.main(["quantize", str(source), "small"]) == 0
+    assert cli.main(["plan", "--calibrate", "-m", str(source)]) == ExitCode.USAGE
+    target = user_home / "data" / "packs" / "small"
+    capsys.readouterr()
+    assert cli.main(["plan", "--calibrate", "-m", str(target)]) == 0
+    out, err = capsys.readouterr()
+    assert "calibrated with a prompt of 512 tokens and 24 more" in err
+    assert out.count("(calibrated ") == 2 and "disk 7 GB/s (assumed)" in out
+    assert cli.main(["plan", "-m", str(target)]) == 0
+    assert "(calibrated " in capsys.readouterr().out, "kept for the next time"
+    assert cli.main(["plan", "-m", str(target), "--cores", "3"]) == 0
+    assert "(calibrated " not in capsys.readouterr().out, "that is another machine"
+
+    from mimo_local import hardware
+    from mimo_local.plan import here
+
+    way = Predicted(2.0, 0.4, 2e9, 0.1, 0.1, 0.3)
+    run = Run(
+        at="2026-11-28T12:00:00+00:00", machine=here.machine_key(hardware.detect()),
+        model="small", pack="p", kernel="avx2", calibrated=True, prefill=Cost(1000, 10.0),
+        decode=Cost(100, 200.0, wait_s=170.0, disk_bytes=200 * GB), predicted=(way, way),
+        predicted_prefill_s=9.0, bound="disk", peak_rss=GB, planned_ram=2 * GB,
+    )  # fmt: skip
+    runs.append(user_home / "data" / runs.FILE, run)
+    runs.append(user_home / "data" / runs.FILE, replace(run, machine="another"))
+    assert cli.main(["plan", "--check"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("| 2026-11-28 12:00 |") == 1, "only this machine's"
+    assert "decode was 4.0 times slower than predicted: waiting for the disk took 1700 ms" in out
+    assert "prefill was as predicted" in out and "planned 2.0 GB" in out
+    assert cli.main(["plan", "--check", "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["runs"]
+    assert found["findings"][0]["off"] and found["decode"]["tokens"] == 100
+    assert cli.main(["doctor", "--json"]) in (0, 1)
+    report = json.loads(capsys.readouterr().out)
+    assert report["sections"]["predictions"]["decode"].startswith("0.5 tokens/s measured")
+    assert any("4.0 times slower" in problem["message"] for problem in report["problems"])

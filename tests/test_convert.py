@@ -489,6 +489,17 @@ def test_nan_in_the_source_stops_the_conversion(tmp_path: Path) -> None:
         Pack.open(tmp_path / "pack")
 
 
+def test_nan_in_fp8_is_named_by_tensor_and_file(tmp_path: Path) -> None:
+    src, name = tmp_path / "src", expert_name(2, 1, "up_proj")
+    write_fp8(src, tiny_config())
+    files = [f for f in src.glob("*.safetensors") if name in load_file(f)]
+    tensors = load_file(files[0])
+    tensors[name].view(torch.uint8)[5, 5] = 0x7F
+    save_file(tensors, files[0])
+    with pytest.raises(CheckpointError, match=f"{files[0].name}: {name} holds NaN"):
+        convert(src, tmp_path / "pack")
+
+
 def test_recipes_name_formats_there_are() -> None:
     with pytest.raises(UsageError, match="'nf3' for head"):
         Recipe(head="nf3")

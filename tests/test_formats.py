@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from mimo_local import kernels
 from mimo_local.errors import PackError
 from quant.formats import FORMATS, INT8, MXFP4, NF4, NF4_CODES, Parts, get_format
+from quant.fp8 import Fp8Rows
 from quant.measure import relative_rms
 
 torch.set_num_threads(1)
@@ -120,6 +121,31 @@ def test_kernel_and_twin_give_the_same_bytes(
         assert differ <= (0 if fmt.name == "mxfp4" else 0.01)
         found = relative_rms(w, fmt.unpack(native))
         assert found == pytest.approx(relative_rms(w, fmt.unpack(twin)), rel=2e-3)
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("name", FORMATS)
+def test_fp8_is_packed_as_its_values(
+    name: str, dtype: torch.dtype, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not native:
+        monkeypatch.setattr(kernels, "get", lambda: None)
+    elif kernels.get() is None:
+        pytest.skip("no native library here")
+    rows, cols, block = 70, 320, 128
+    row_of = (torch.arange(rows) // 32).flip(0).int()
+    grid = gaussian(3, 3).abs() * 1e-3
+    stored = Fp8Rows(gaussian(rows, cols, 1).mul(60).to(dtype), grid, row_of, block)
+    wide = grid[row_of.long()].repeat_interleave(block, 1)[:, :cols] * stored.codes.float()
+    assert torch.equal(stored.values(), wide)
+    fmt = get_format(name)
+    wanted = fmt.pack(wide)
+    out = {part: torch.empty(s, dtype=d) for part, (d, s) in fmt.parts(rows, cols).items()}
+    for found in (fmt.pack(stored), fmt.pack(stored, out=out), fmt.pack(wide, out=out)):
+        for part in wanted:
+            assert torch.equal(found[part], wanted[part]), part
+    assert found[part] is out[part]
 
 
 @pytest.mark.parametrize("name", FORMATS)

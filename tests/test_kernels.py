@@ -41,6 +41,7 @@ CHECKS = [
     "moe_arguments",
     "route",
     "quantize",
+    "quantize_fp8",
     "dequantize",
     "dequantize_large",
     "scalar_fma",

@@ -52,6 +52,12 @@ def expert(layer: int, e: int, fmt: str) -> dict[str, Parts]:
     return {m: get_format(fmt).pack(matrix(names[m], SHAPES[m])) for m in EXPERT_PARTS}
 
 
+def fill(e: int, views: dict[str, Parts], *, layer: int, fmt: str) -> None:
+    for matrix, parts in expert(layer, e, fmt).items():
+        for part, tensor in parts.items():
+            views[matrix][part].copy_(tensor)
+
+
 SPECS = (
     TensorSpec("model.embed_tokens.weight", "int8", (50, HIDDEN)),
     TensorSpec("model.norm.weight", "bf16", (HIDDEN,)),
@@ -67,7 +73,7 @@ def write_pack(folder: Path, fmt: str = "nf4") -> Path:
     records = [writer.tensors("model.safetensors", SPECS, lambda s: iter([packed(s)]))]
     for layer in (1, 2):
         planned = plan_experts(f"experts-{layer:03d}.safetensors", layer, EXPERTS, fmt, SHAPES)
-        records.append(writer.experts(layer, planned, partial(expert, layer, fmt=fmt)))
+        records.append(writer.experts(layer, planned, partial(fill, layer=layer, fmt=fmt)))
     records.append(writer.blob("config.json", b'{"model_type": "mimo_v2_flash"}'))
     writer.finish(ABOUT, records)
     return folder

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mimo_local.experts.oracle import Belady
-from mimo_local.experts.policy import AgedFrequency, ExpertPolicy, Key, LayerLru, Lru, PinnedLru
+from mimo_local.experts.policy import AgedFrequency, ExpertPolicy, Key, Lru, PerLayer, PinnedLru
 
 LAYERS = (1, 2, 5)
 PINNED = [(1, 0), (2, 1), (5, 4)]
@@ -99,6 +99,14 @@ class Slow:
 
 
 class SlowLayers(Slow):
+    def order(self) -> list[Key]:
+        return self.in_turn(self.held)
+
+    @staticmethod
+    def in_turn(keys: list[Key]) -> list[Key]:
+        """By rank within their layer, then by layer."""
+        return sorted(keys, key=lambda k: (sum(o[0] == k[0] for o in keys[: keys.index(k)]), k[0]))
+
     def group(self, key: Key) -> list[Key]:
         return [k for k in self.held if k[0] == key[0]]
 
@@ -118,7 +126,7 @@ class SlowLayers(Slow):
                 victims += free
         finally:
             self.capacity = was
-        return sorted(victims, key=self.held.index)
+        return self.in_turn(victims)
 
 
 class SlowPinned(Slow):
@@ -182,10 +190,20 @@ def answer(policy: object, name: str, *args: object) -> object:
         return type(error)
 
 
+def hits(policy: ExpertPolicy, wanted: list[Key]) -> int:
+    found = 0
+    for key in wanted:
+        if policy.touch(key):
+            found += 1
+        elif policy.admits(key):
+            policy.insert(key)
+    return found
+
+
 Pair = Callable[[int], tuple[ExpertPolicy, Slow]]
 PAIRS: dict[str, Pair] = {
     "lru": lambda n: (Lru(n), Slow(n)),
-    "layers": lambda n: (LayerLru(n, LAYERS), SlowLayers(n)),
+    "layers": lambda n: (PerLayer(n, LAYERS, Lru), SlowLayers(n)),
     "pinned": lambda n: (PinnedLru(n, PINNED), SlowPinned(n)),
     "frequency": lambda n: (
         AgedFrequency(n, half_life=1, margin=1.5, per_layer=2),
@@ -265,17 +283,22 @@ def test_removing_and_inserting_again_needs_no_more_memory() -> None:
     assert len(policy._heap) <= 100 and len(oracle._heap) <= 100
 
 
+def test_quotas_pass_time_on_and_keep_a_round_that_recency_would_lose() -> None:
+    # 3 layers of 2 wanted experts each, room for 3: recency evicts each just before its turn.
+    wanted = [(layer, expert) for _ in range(50) for layer in LAYERS for expert in (0, 1)]
+    assert hits(Lru(3), wanted) == 0
+    assert hits(PerLayer(3, LAYERS, AgedFrequency), wanted) == 3 * 49
+    policy = PerLayer(3, LAYERS, lambda n: AgedFrequency(n, per_layer=1))
+    policy.touch((1, 0))
+    policy.insert((1, 0))
+    policy.touch((1, 1))
+    policy.touch((1, 1))
+    assert not policy.admits((1, 1))
+    policy.end_of_step()
+    assert policy.admits((1, 1)) and policy.insert((1, 1)) == (1, 0)
+
+
 # -- the oracle ------------------------------------------------------------------------------------
-
-
-def hits(policy: ExpertPolicy, wanted: list[Key]) -> int:
-    found = 0
-    for key in wanted:
-        if policy.touch(key):
-            found += 1
-        elif policy.admits(key):
-            policy.insert(key)
-    return found
 
 
 def best(wanted: tuple[Key, ...], capacity: int) -> int:
@@ -314,7 +337,7 @@ def test_nobody_beats_the_oracle() -> None:
         oracle = hits(Belady(capacity, wanted), wanted)
         for policy in (
             Lru(capacity),
-            LayerLru(capacity, LAYERS),
+            PerLayer(capacity, LAYERS, AgedFrequency),
             PinnedLru(capacity, wanted[: capacity // 2]),
             AgedFrequency(capacity),
         ):

@@ -19,6 +19,7 @@ from mimo_local.cli.models import (
     RamOption,
     SeedOption,
     ThreadsOption,
+    VramOption,
     option,
 )
 from mimo_local.errors import UsageError
@@ -70,6 +71,7 @@ def chat(
     context: ContextOption = None,
     threads: ThreadsOption = None,
     ram: RamOption = None,
+    vram: VramOption = None,
     json: JsonOption = False,
     stats: Stats = False,
     plain: Plain = False,

@@ -1,7 +1,7 @@
-"""`mimo plan`, `mimo doctor`, `mimo bench`: what this machine can do, should do and does.
+"""`mimo doctor`, `mimo bench`: what is wrong with this machine, and what it does.
 
-Facts come from `hardware`, decisions from `plan` and `doctor`, figures from `benchmark`; the tables
-are drawn in `tables`.
+Facts come from `hardware`, judgements from `doctor`, figures from `benchmark`; the tables are drawn
+in `tables`.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from __future__ import annotations
 import json as jsonlib
 import re
 import time
-from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -19,26 +17,10 @@ from mimo_local.cli import models, shapes
 from mimo_local.cli.models import JsonOption, ModelOption
 from mimo_local.cli.status import Status, say
 from mimo_local.errors import ExitCode, UsageError
-from mimo_local.settings import PACK_MANIFEST, Paths, Settings
+from mimo_local.settings import Settings
 
 if TYPE_CHECKING:
     from mimo_local.benchmark import ModelRunner
-    from mimo_local.config import ModelConfig
-    from mimo_local.plan import Budget
-    from mimo_local.sizes import PackSizes
-
-UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-
-
-def size(text: str) -> int:
-    """`24GB`, `24G`, `23.5 GiB`, `1TB` in bytes; GB is 10^9, GiB is 2^30."""
-    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)(i?)b?\s*", text, re.I)
-    if not found or (found[3] and not found[2]):
-        raise UsageError(f"`{text}` is not a size", hint="write it like 24GB, 23.5GiB or 1TB")
-    unit = UNITS[found[2].lower()]
-    if found[3]:
-        unit = 1024 ** ("kmgt".index(found[2].lower()) + 1)
-    return int(float(found[1]) * unit)
 
 
 def counts(text: str) -> tuple[int, ...]:
@@ -47,107 +29,6 @@ def counts(text: str) -> tuple[int, ...]:
     if not all(re.fullmatch("[0-9]{1,9}", field) for field in fields):
         raise UsageError(f"`{text}` is not a list of numbers", hint="write it like 128,512")
     return tuple(int(field) for field in fields)
-
-
-def _size_option(name: str, what: str) -> object:
-    return typer.Option(f"--{name}", help=f"{what}; left out: this machine's", metavar="SIZE")
-
-
-Vram = Annotated[str | None, _size_option("vram", "GPU memory, like 24GB; 0 for none")]
-Ram = Annotated[str | None, _size_option("ram", "memory, like 64GB")]
-Disk = Annotated[str | None, _size_option("disk", "free disk, like 1TB")]
-Cores = Annotated[int | None, typer.Option("--cores", help="CPU cores", metavar="N")]
-PlanModel = Annotated[
-    Path | None,
-    typer.Option(
-        "-m", "--model", help="pack or checkpoint; left out: MiMo-V2-Flash", metavar="PATH"
-    ),
-]
-Context = Annotated[int, typer.Option("--context", help="tokens to keep room for", metavar="N")]
-Format = Annotated[
-    str, typer.Option("--format", help="nf4 or mxfp4 (experts, rest int8), int8, bf16", metavar="F")
-]
-Measure = Annotated[bool, typer.Option("--measure", help="measure this RAM and disk, ~2 s")]
-
-
-def plan(
-    vram: Vram = None,
-    ram: Ram = None,
-    disk: Disk = None,
-    cores: Cores = None,
-    model: PlanModel = None,
-    context: Context = 8192,
-    format: Format = "nf4",  # noqa: A002 - the option's name
-    measure: Measure = False,
-    json: JsonOption = False,
-) -> int:
-    """Show where every byte of a model would live.
-
-    Estimates speeds from bandwidths; loads and downloads nothing.
-    """
-    from mimo_local.cli import tables
-    from mimo_local.plan import plan as planned
-
-    config, pack, name = subject(model, format)
-    budget = this_machine(measure=measure)
-    budget = replace(
-        budget,
-        vram=budget.vram if vram is None else size(vram),
-        ram=budget.ram if ram is None else size(ram),
-        disk=budget.disk if disk is None else size(disk),
-        cores=cores or budget.cores,
-        pack_present=disk is None and model is not None and (model / PACK_MANIFEST).exists(),
-    )
-    found = planned(config, pack, budget, context=context)
-    if json:
-        print(jsonlib.dumps({"model": name, **found.to_dict()}))
-    else:
-        print(tables.plan(found, name))
-    found.check()
-    return ExitCode.OK
-
-
-def subject(model: Path | None, fmt: str) -> tuple[ModelConfig, PackSizes, str]:
-    """(config, bytes, what to call it) of a pack, a checkpoint to be packed, or the real model."""
-    from mimo_local.config import ModelConfig
-    from mimo_local.sizes import PackSizes
-    from quant.recipe import Recipe
-
-    recipe = Recipe.for_format(fmt)
-    if model is None:
-        data = Path(__file__).parent.with_name("real_config.json").read_text(encoding="utf-8")
-        config = ModelConfig.from_dict(jsonlib.loads(data))
-        return config, PackSizes.estimate(config, recipe), f"MiMo-V2-Flash, {fmt} pack"
-    config = ModelConfig.from_dir(model)
-    manifest = model / PACK_MANIFEST
-    if manifest.is_file():
-        found = PackSizes.of_pack(jsonlib.loads(manifest.read_text(encoding="utf-8")))
-        return config, found, f"the pack {model.resolve().name}"
-    return config, PackSizes.estimate(config, recipe), f"{model.resolve().name} as {fmt} pack"
-
-
-def this_machine(*, measure: bool) -> Budget:
-    """This machine as a budget; RAM and disk speeds measured on request."""
-    from mimo_local import hardware
-    from mimo_local.plan import Budget
-
-    data = Paths.default().data_dir
-    facts = hardware.detect(data)
-    budget = Budget(
-        ram=facts.ram_total,
-        disk=facts.disk.free,
-        vram=facts.vram,
-        cores=min(facts.cores_physical, facts.cores_usable),
-    )
-    if not measure:
-        return budget
-    ram, disk = hardware.measure_ram(), hardware.measure_disk(facts.disk.path)
-    return replace(
-        budget,
-        ram_rate=ram.bytes_per_s,
-        disk_rate=disk.bytes_per_s,
-        measured=("ram", "disk"),
-    )
 
 
 def doctor(json: JsonOption = False) -> int:

@@ -32,6 +32,7 @@ def option(name: str, *flags: str, metavar: str, **more: Any) -> Any:
 ModelOption = Annotated[str | None, option("model", "-m", "--model", metavar="PATH")]
 ContextOption = Annotated[int | None, option("context", metavar="N")]
 ThreadsOption = Annotated[int | None, option("threads", metavar="N")]
+VramOption = Annotated[str | None, option("vram", metavar="SIZE")]
 RamOption = Annotated[str | None, option("ram", metavar="SIZE")]
 SeedOption = Annotated[int | None, option("seed", metavar="N")]
 MaxTokensOption = Annotated[int | None, option("max_tokens", metavar="N")]

@@ -23,6 +23,7 @@ from mimo_local.cli.models import (
     ModelOption,
     RamOption,
     SeedOption,
+    VramOption,
 )
 from mimo_local.cli.status import Status, say
 from mimo_local.errors import ExitCode, UsageError
@@ -56,6 +57,7 @@ def summarize(
     model: ModelOption = None,
     context: ContextOption = None,
     ram: RamOption = None,
+    vram: VramOption = None,
     max_tokens: MaxTokensOption = None,
     seed: SeedOption = None,
     json: JsonOption = False,
@@ -67,7 +69,7 @@ def summarize(
     from mimo_local.summarize import Options
 
     settings = Settings.resolve(
-        model=model, context=context, ram=ram, max_tokens=max_tokens, seed=seed
+        model=model, context=context, ram=ram, vram=vram, max_tokens=max_tokens, seed=seed
     )
     options = Options(
         pages=pages,

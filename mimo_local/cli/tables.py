@@ -1,4 +1,4 @@
-"""Tables for `mimo plan`, `mimo doctor` and `mimo bench` as plain text: no colours, no markup.
+"""Tables for `mimo doctor` and `mimo bench` as plain text: no colours, no markup.
 
 Plain data in, a string out; rich draws the columns. The texts are goldens in the tests.
 """
@@ -19,58 +19,8 @@ from mimo_local.sizes import gb
 if TYPE_CHECKING:
     from mimo_local.benchmark import Result
     from mimo_local.doctor import Report
-    from mimo_local.plan import Plan, Prediction
 
 WIDTH = 100
-
-
-def plan(found: Plan, name: str) -> str:
-    """The plan as people read it: bytes, places, speeds, and what this version can do of it."""
-    budget = found.budget
-    machine = f"{gb(budget.vram)} VRAM, " if budget.vram else "no GPU, "
-    machine += f"{gb(budget.ram)} RAM, {gb(budget.disk)} free disk, {budget.cores} cores"
-    lines = [f"{name}: {gb(found.sizes.total)}, context {found.context}", f"on {machine}", ""]
-    rows = [
-        (
-            row.name,
-            gb(row.nbytes),
-            *(gb(part) if part else "" for part in (row.vram, row.ram, row.disk)),
-            "built" if row.today else "planned",
-        )
-        for row in found.rows()
-    ]
-    sums = [sum(getattr(row, place) for row in found.rows()) for place in ("vram", "ram", "disk")]
-    rows.append(("total", "", *(gb(part) if part else "" for part in sums), ""))
-    lines.append(table(("what", "bytes", "VRAM", "RAM", "disk only", "this version"), rows))
-    if found.prediction is not None and found.prediction != found.today:
-        lines += ["", f"estimated as planned: {speeds(found.prediction)}"]
-    lines.append(_today(found))
-    lines += ["", "assumed:", *(f"  {text}" for text in found.assumptions)]
-    lines += [f"note: {note}" for note in found.notes]
-    return "\n".join(lines)
-
-
-def _today(found: Plan) -> str:
-    if found.today_missing:
-        return (
-            f"this version holds all experts in RAM: {gb(found.today_needs)} needed, "
-            f"{gb(found.budget.ram)} there, {gb(found.today_missing)} missing; "
-            "VRAM and disk tiers are planned"
-        )
-    if found.today is None:
-        return "this version cannot run it either"
-    return (
-        f"this version runs it from RAM on the CPU ({gb(found.today_needs)} needed), "
-        f"at best: {speeds(found.today)}"
-    )
-
-
-def speeds(found: Prediction) -> str:
-    """One line of estimates."""
-    return (
-        f"{found.decode_tokens_per_s:.1f} tokens/s, a {found.prefill_tokens}-token prompt at "
-        f"{found.prefill_tokens_per_s:.0f} tokens/s, loading {found.load_s:.0f} s"
-    )
 
 
 def doctor(report: Report) -> str:
@@ -109,14 +59,14 @@ def _tiers(result: Result) -> tuple[str, ...]:
     return (*shares, gb(result.disk_bytes_per_token))
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, width: int = WIDTH) -> str:
     """Left column as text, the others to the right, without trailing blanks."""
     drawn = Table(box=box.MARKDOWN, pad_edge=True)
     for i, name in enumerate(head):
         drawn.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
         drawn.add_row(*(Text(cell) for cell in row))
-    console = Console(file=io.StringIO(), width=WIDTH, color_system=None, force_terminal=False)
+    console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False)
     with console.capture() as shown:
         console.print(drawn)
     return "\n".join(text.rstrip() for text in shown.get().splitlines()).strip("\n")

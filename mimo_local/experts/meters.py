@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+from mimo_local.events import ExpertFigures
+
+if TYPE_CHECKING:
+    from mimo_local.experts.store import Store
 
 
 @dataclass(slots=True)
@@ -44,3 +50,25 @@ class Meters:
     def wanted(self) -> int:
         """Experts asked for, from wherever they came."""
         return self.vram_hits + self.ram_hits + self.staged_hits + self.misses
+
+
+def figures(store: Store, before: Meters | None) -> ExpertFigures | None:
+    """What `store` did since `before`, for people; None where all experts lie in RAM."""
+    held = store.nbytes
+    if "disk" not in held or before is None:
+        return None
+    used = store.meters.since(before)
+    return ExpertFigures(
+        wanted=used.wanted,
+        vram_hits=used.vram_hits,
+        ram_hits=used.ram_hits,
+        staged_hits=used.staged_hits,
+        misses=used.misses,
+        disk_bytes=used.disk_bytes,
+        prompt_disk_bytes=used.sweep_bytes,
+        wait_s=used.wait_s,
+        ram_bytes=held.get("ram", 0),
+        vram_bytes=held.get("vram", 0),
+        prefetching=store.wants_guesses,
+        note="; ".join(store.notes),
+    )

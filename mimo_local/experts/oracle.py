@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections import deque
-from collections.abc import Container, Iterator, Sequence
+from array import array
+from collections.abc import Container, Iterable, Iterator
 
 from mimo_local.experts.policy import ExpertPolicy, Key
 
@@ -19,21 +19,22 @@ class Belady(ExpertPolicy):
     No policy has more hits; it may leave out what would only push out something wanted sooner.
     """
 
-    def __init__(self, capacity: int, future: Sequence[Key]) -> None:
+    def __init__(self, capacity: int, future: Iterable[Key]) -> None:
         """`future`: the keys of all touches to come, in their order."""
         self.capacity = capacity
-        self._uses: dict[Key, deque[int]] = {}
+        # Times of use by key and how many are over: 8 bytes a touch, a trace has millions.
+        self._uses: dict[Key, array[int]] = {}
         for time, key in enumerate(future):
-            self._uses.setdefault(key, deque()).append(time)
+            self._uses.setdefault(key, array("q")).append(time)
+        self._over = dict.fromkeys(self._uses, 0)
         self._held: set[Key] = set()
         self._heap: list[tuple[float, Key]] = []  # minus next use: the last one first
 
     def touch(self, key: Key) -> bool:
         """`key` is wanted now, as foretold; whether it is held. ValueError if it was not."""
-        uses = self._uses.get(key)
-        if not uses:
+        if self._next(key) == math.inf:
             raise ValueError(f"{key} was not foretold")
-        uses.popleft()
+        self._over[key] += 1
         if key not in self._held:
             return False
         self._push(key)
@@ -60,8 +61,8 @@ class Belady(ExpertPolicy):
         return iter(sorted(self._held, key=lambda key: (-self._next(key), key)))
 
     def _next(self, key: Key) -> float:
-        uses = self._uses.get(key)
-        return uses[0] if uses else math.inf
+        uses, over = self._uses.get(key, ()), self._over.get(key, 0)
+        return uses[over] if over < len(uses) else math.inf
 
     def _victim(self, key: Key, busy: Container[Key]) -> Key | None:
         heap, put_back, found = self._heap, [], None

@@ -11,8 +11,8 @@ from __future__ import annotations
 import heapq
 from abc import ABC, abstractmethod
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Container, Iterable, Iterator
-from itertools import islice
+from collections.abc import Callable, Collection, Container, Iterable, Iterator
+from itertools import islice, zip_longest
 from typing import Final, TypeAlias
 
 Key: TypeAlias = tuple[int, int]
@@ -128,71 +128,83 @@ class Lru(ExpertPolicy):
         self._held[key] = None
 
 
-class LayerLru(ExpertPolicy):
-    """LRU with a quota for every layer: one layer's experts never push out another's."""
+class PerLayer(ExpertPolicy):
+    """A quota and a policy for every layer: one layer's experts never push out another's.
 
-    def __init__(self, capacity: int, layers: Collection[int]) -> None:
-        """`layers`: all that will ask; the first ones get what division leaves over."""
+    Layers come round in turn. What does not hold a whole round's experts, and goes by recency over
+    all of them, evicts each expert shortly before its layer comes round again; quotas do not.
+    """
+
+    def __init__(
+        self, capacity: int, layers: Collection[int], make: Callable[[int], ExpertPolicy]
+    ) -> None:
+        """`layers`: all that will ask, the first ones get what division leaves over.
+
+        `make(quota)`: the policy of one layer.
+        """
         self.capacity = capacity
-        self._parts = dict(zip(layers, map(Lru, _shares(capacity, len(layers))), strict=True))
-        self._order = Lru(capacity)
+        shares = _shares(capacity, len(layers))
+        self._parts = {layer: make(n) for layer, n in zip(layers, shares, strict=True)}
+        self._n = 0
 
     def touch(self, key: Key) -> bool:
         """Note that `key` is wanted now; whether it is held."""
-        self._order.touch(key)
         return self._parts[key[0]].touch(key)
 
     def admits(self, key: Key, busy: Container[Key] = ()) -> bool:
-        """Whether the layer has a quota at all."""
-        return self._parts[key[0]].capacity > 0
+        """Whether its layer's policy does."""
+        return self._parts[key[0]].admits(key, busy)
+
+    def insert(self, key: Key, busy: Container[Key] = ()) -> Key | None:
+        """Hold `key`; the victim of its layer that had to go."""
+        part = self._parts[key[0]]
+        before = len(part)
+        victim = part.insert(key, busy)
+        self._n += len(part) - before
+        return victim
 
     def remove(self, key: Key) -> None:
         """Hold `key` no longer; KeyError if it is not held."""
-        self._order.remove(key)
         self._parts[key[0]].remove(key)
+        self._n -= 1
 
     def resize(self, capacity: int, busy: Container[Key] = ()) -> list[Key]:
-        """Share `capacity` out anew; a layer over its quota gives up its own oldest.
+        """Share `capacity` out anew; the victims, the first of each layer first.
 
         ValueError, and nothing changed, if a layer has more `busy` ones than its new quota.
         """
         if capacity < 0:
             raise ValueError(f"a capacity cannot be {capacity}")
-        quotas = dict(zip(self._parts, _shares(capacity, len(self._parts)), strict=True))
-        surplus = {layer: len(part) - quotas[layer] for layer, part in self._parts.items()}
-        victims = []
-        for key in self:
-            if surplus[key[0]] > 0 and key not in busy:
-                surplus[key[0]] -= 1
-                victims.append(key)
-        if any(n > 0 for n in surplus.values()):
-            raise ValueError(f"cannot shrink to {capacity}: a layer has more than its share in use")
-        for victim in victims:
-            self.remove(victim)
-        for layer, part in self._parts.items():
-            part.capacity = quotas[layer]
+        quotas = _shares(capacity, len(self._parts))
+        for part, quota in zip(self._parts.values(), quotas, strict=True):
+            if len(part) > quota < sum(key in busy for key in part):
+                raise ValueError(f"cannot shrink to {capacity}: a layer has more in use")
+        lost = [p.resize(n, busy) for p, n in zip(self._parts.values(), quotas, strict=True)]
         self.capacity = capacity
-        return victims
+        self._n -= sum(map(len, lost))
+        return _in_turn(lost)
+
+    def end_of_step(self) -> None:
+        """Time passes for every layer."""
+        for part in self._parts.values():
+            part.end_of_step()
 
     def __len__(self) -> int:
-        return len(self._order)
+        return self._n
 
     def __contains__(self, key: object) -> bool:
-        return key in self._order
+        return isinstance(key, tuple) and key in self._parts.get(key[0], ())
 
     def __iter__(self) -> Iterator[Key]:
-        return iter(self._order)
-
-    def _full(self, key: Key) -> bool:
-        part = self._parts[key[0]]
-        return len(part) >= part.capacity
-
-    def _victim(self, key: Key, busy: Container[Key]) -> Key | None:
-        return next((held for held in self._parts[key[0]] if held not in busy), None)
+        return iter(_in_turn(self._parts.values()))
 
     def _take(self, key: Key) -> None:
-        self._parts[key[0]]._take(key)
-        self._order._take(key)
+        raise NotImplementedError  # `insert` leaves it to the parts
+
+
+def _in_turn(lists: Iterable[Iterable[Key]]) -> list[Key]:
+    """The first of each, then the second of each, and so on."""
+    return [key for row in zip_longest(*lists) for key in row if key is not None]
 
 
 def _shares(capacity: int, n: int) -> list[int]:
@@ -245,6 +257,9 @@ class PinnedLru(ExpertPolicy):
             self._rest._take(key)
 
 
+_Score: TypeAlias = tuple[float, int, Key]
+"""Aged count, time of the last touch, and whose they are: in order of eviction."""
+
 _LARGEST: Final = 1e100
 """Weight of a touch at which all scores are scaled down: floats end at 1e308."""
 
@@ -261,7 +276,7 @@ class AgedFrequency(ExpertPolicy):
         self,
         capacity: int,
         *,
-        half_life: float = 64.0,
+        half_life: float = 32.0,
         margin: float = 1.0,
         per_layer: int | None = None,
     ) -> None:
@@ -270,21 +285,23 @@ class AgedFrequency(ExpertPolicy):
         self.margin, self.per_layer = margin, per_layer
         # Instead of every score shrinking with time, a touch weighs more: one number changes.
         self._weight, self._growth = 1.0, 2.0 ** (1.0 / half_life)
-        self._scores: dict[Key, tuple[float, int]] = {}  # aged count, time of the last touch
+        self._scores: dict[Key, _Score] = {}
         self._clock = 0
         self._held: set[Key] = set()
-        self._heap: list[tuple[tuple[float, int], Key]] = []
+        self._heap: list[_Score] = []
         self._admitted: Counter[int] = Counter()
 
     def touch(self, key: Key) -> bool:
         """Count that `key` is wanted now, held or not; whether it is held."""
         self._clock += 1
-        self._scores[key] = self._scores.get(key, (0.0, 0))[0] + self._weight, self._clock
+        before = self._scores.get(key)
+        count = self._weight if before is None else before[0] + self._weight
+        self._scores[key] = (count, self._clock, key)
         return key in self._held
 
     def score(self, key: Key) -> float:
         """How often `key` was wanted, a touch of this step counting 1."""
-        return self._scores.get(key, (0.0, 0))[0] / self._weight
+        return self._scores[key][0] / self._weight if key in self._scores else 0.0
 
     def admits(self, key: Key, busy: Container[Key] = ()) -> bool:
         """Whether `key` beats the first victim by the margin and its layer may upload once more."""
@@ -304,7 +321,7 @@ class AgedFrequency(ExpertPolicy):
         self._admitted.clear()
         self._weight *= self._growth
         if self._weight > _LARGEST:
-            self._scores = {k: (s / self._weight, t) for k, (s, t) in self._scores.items()}
+            self._scores = {k: (s / self._weight, t, k) for k, (s, t, _) in self._scores.items()}
             self._weight = 1.0
             self._rebuild()
 
@@ -315,17 +332,18 @@ class AgedFrequency(ExpertPolicy):
         return key in self._held
 
     def __iter__(self) -> Iterator[Key]:
-        return iter(sorted(self._held, key=lambda key: (self._scores[key], key)))
+        return iter(sorted(self._held, key=self._scores.__getitem__))
 
     def _victim(self, key: Key, busy: Container[Key]) -> Key | None:
         """Smallest score first. An entry may lag behind its key's score, which only grows."""
         heap, put_back, found = self._heap, [], None
         while heap:
-            seen, held = heap[0]
+            entry = heap[0]
+            held = entry[2]
             if held not in self._held:
                 heapq.heappop(heap)
-            elif seen != (score := self._scores[held]):
-                heapq.heapreplace(heap, (score, held))
+            elif entry is not (score := self._scores[held]):
+                heapq.heapreplace(heap, score)
             elif held in busy:
                 put_back.append(heapq.heappop(heap))
             else:
@@ -338,11 +356,10 @@ class AgedFrequency(ExpertPolicy):
     def _take(self, key: Key) -> None:
         self._admitted[key[0]] += 1
         self._held.add(key)
-        score = self._scores.setdefault(key, (0.0, 0))
-        heapq.heappush(self._heap, (score, key))
+        heapq.heappush(self._heap, self._scores.setdefault(key, (0.0, 0, key)))
         if len(self._heap) > 2 * len(self._held) + 64:  # removed and inserted again, many times
             self._rebuild()
 
     def _rebuild(self) -> None:
-        self._heap = [(self._scores[key], key) for key in self._held]
+        self._heap = [self._scores[key] for key in self._held]
         heapq.heapify(self._heap)

@@ -36,6 +36,7 @@ _REINSTALL: Final = (
 
 _I32, _I64, _PTR = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 _F32 = ctypes.c_float
+_FP8: Final = (_PTR, _I64, _PTR, _I64)
 _SIGNATURES: Final = {
     "mimo_abi_version": (_I32, []),
     "mimo_get_table": (_PTR, [ctypes.c_char_p]),
@@ -45,10 +46,7 @@ _SIGNATURES: Final = {
     "mimo_default_threads": (_I32, []),
     "mimo_set_threads": (_I32, [_I32]),
     "mimo_matmul": (_I32, [_PTR, _PTR, _PTR, _I64, _I64, _PTR, _I64]),
-    "mimo_moe": (
-        _I32,
-        [_PTR, _PTR, _I64, _PTR, _I64, _I64, _PTR, _PTR, _I64, _PTR, _I64, _I32],
-    ),
+    "mimo_moe": (_I32, [_PTR, _PTR, _I64, _PTR, _I64, _I64, _PTR, _PTR, _I64, _PTR, _I64, _I32]),
     "mimo_combine": (_I32, [_PTR, _PTR, _PTR, _PTR, _I64, _I64, _I64, _PTR, _I64]),
     "mimo_route": (_I32, [_PTR, _PTR, _PTR, _I64, _I64, _PTR, _PTR]),
     "mimo_attend": (_I32, [_PTR, _PTR, _PTR, _I64, _PTR, _I64, _PTR, _I64]),
@@ -57,6 +55,7 @@ _SIGNATURES: Final = {
     "mimo_mixture": (_I32, [_PTR, _PTR, _PTR, _I64, _PTR]),
     "mimo_layers": (_I32, [_PTR, _PTR, _I64, _PTR, _I64, _PTR, _I64, _PTR, _I64]),
     "mimo_quantize": (_I32, [_PTR, _I64, _PTR, _I64, _I64, _PTR, _PTR, _I32, _PTR]),
+    "mimo_quantize_fp8": (_I32, [_PTR, _I64, _PTR, *_FP8, _I64, _I64, _PTR, _PTR, _I32, _PTR]),
     "mimo_dequantize": (_I32, [_PTR, _PTR, _PTR]),
     "mimo_read_limit": (_I32, [_PTR, _PTR, _I64, _I64, _PTR]),
     "mimo_product_limit": (_I32, [_PTR, _I64, _PTR, _PTR]),
@@ -161,18 +160,6 @@ class MlpBlock(ctypes.Structure):
     )
 
 
-class Layer(ctypes.Structure):
-    """`mimo_layer`."""
-
-    _fields_ = (("attention", _PTR), ("mlp", _PTR), ("rope", _I64))
-
-
-class Rope(ctypes.Structure):
-    """`mimo_rope`."""
-
-    _fields_ = (("cos", _PTR), ("sin", _PTR))
-
-
 class Kernels:
     """The library bound to one instruction set.
 
@@ -248,15 +235,19 @@ class Kernels:
     # with the least squared error. NaN or infinity in w: a NativeError that names the row.
 
     def quantize(
-        self, fmt: int, w_ptr: int, N: int, K: int, codes_ptr: int, scales_ptr: int, search: bool
-    ) -> int:
-        """Returns how many blocks had a weight beyond the scale's range and were clamped to it."""
-        info = _I64(0)
-        status = self._library.mimo_quantize(
-            self._table, fmt, w_ptr, N, K, codes_ptr, scales_ptr, search, ctypes.byref(info)
+        self, fmt: int, w_ptr: int, N: int, K: int, codes_ptr: int, scales_ptr: int, search: bool,
+        *fp8: int,
+    ) -> int:  # fmt: skip
+        """Returns how many blocks had a weight beyond the scale's range and were clamped to it.
+
+        fp8: w is FP8; grid_ptr, G, row_of_ptr and block of `mimo_quantize_fp8`.
+        """
+        name, info = "quantize_fp8" if fp8 else "quantize", _I64(0)
+        status = getattr(self._library, "mimo_" + name)(
+            self._table, fmt, w_ptr, *fp8, N, K, codes_ptr, scales_ptr, search, ctypes.byref(info)
         )
         if status not in (0, _CLAMPED):
-            raise _error("quantize", status, _without_self(locals()))
+            raise _error(name, status, _without_self(locals()))
         return info.value
 
     def dequantize(self, w: Matrix, out_ptr: int) -> None:

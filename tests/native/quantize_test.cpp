@@ -144,4 +144,70 @@ MIMO_CHECK(not_finite) {
   }
 }
 
+double fp8_value(std::uint8_t code) {
+  const int exponent = code >> 3 & 15;
+  const int fraction = code & 7;
+  const double magnitude = exponent == 0 ? std::ldexp(fraction, -9) : std::ldexp(8 + fraction, exponent - 10);
+  return (code & 0x80) != 0 ? -magnitude : magnitude;
+}
+
+// FP8 with its grid gives what its values give as floats, on every table, whatever the blocks.
+MIMO_CHECK(quantize_fp8) {
+  std::vector<const mimo_table *> tables = fast_tables();
+  tables.push_back(mimo::scalar_table());
+  for (const std::int64_t K : kShapesK) {
+    for (const std::int64_t block : {std::int64_t{1}, std::int64_t{16}, std::int64_t{50}, std::int64_t{128},
+                                     std::numeric_limits<std::int64_t>::max()}) {
+      const std::int64_t N = 9;
+      const std::int64_t G = 3;
+      const std::int64_t columns = (K - 1) / block + 1;
+      Exact<std::uint8_t> codes = bits<std::uint8_t>(size(N * K), static_cast<unsigned>(K));
+      Exact<float> grid = normal(size(G * columns), 7, 0.01F);
+      Exact<std::int32_t> row_of(size(N));
+      Exact<float> w(size(N * K));
+      for (std::int64_t n = 0; n < N; ++n) {
+        row_of[size(n)] = static_cast<std::int32_t>(n * 2 % G);
+        for (std::int64_t k = 0; k < K; ++k) {
+          std::uint8_t &code = codes[size(n * K + k)];
+          if ((code & 0x7F) == 0x7F) code = 0x80;
+          const auto value = static_cast<float>(fp8_value(code));
+          w[size(n * K + k)] = value * grid[size(row_of[size(n)] * columns + k / block)];
+        }
+      }
+      for (const std::int64_t format : {MIMO_NF4, MIMO_MXFP4, MIMO_INT8}) {
+        if (format != MIMO_INT8 && K % 64 != 0) continue;
+        const std::size_t code_bytes = size(format == MIMO_INT8 ? N * K : N * K / 2);
+        Exact<unsigned char> expected(code_bytes);
+        Exact<unsigned char> expected_scales(scale_bytes(format, N, K), 4);
+        REQUIRE(mimo_quantize(mimo::scalar_table(), format, w.get(), N, K, expected.get(), expected_scales.get(), 1,
+                              nullptr) == MIMO_OK,
+                "K %ld", static_cast<long>(K));
+        for (const mimo_table *table : tables) {
+          Exact<unsigned char> out(code_bytes);
+          Exact<unsigned char> scales(scale_bytes(format, N, K), 4);
+          REQUIRE(mimo_quantize_fp8(table, format, codes.get(), grid.get(), G, row_of.get(), block, N, K, out.get(),
+                                    scales.get(), 1, nullptr) == MIMO_OK,
+                  "%s K %ld", table->name, static_cast<long>(K));
+          REQUIRE(out == expected && scales == expected_scales, "%s format %ld K %ld block %ld", table->name,
+                  static_cast<long>(format), static_cast<long>(K), static_cast<long>(block));
+        }
+      }
+      // NaN is found, the first row that holds one named; an index outside the grid is refused.
+      codes[size(5 * K + K / 2)] = 0xFF;
+      codes[size(7 * K)] = 0x7F;
+      Exact<unsigned char> out(size(N * K));
+      Exact<float> scales(size(N));
+      for (const mimo_table *table : tables) {
+        std::int64_t row = -1;
+        REQUIRE(mimo_quantize_fp8(table, MIMO_INT8, codes.get(), grid.get(), G, row_of.get(), block, N, K, out.get(),
+                                  scales.get(), 0, &row) == MIMO_E_NOT_FINITE && row == 5,
+                "%s row %ld", table->name, static_cast<long>(row));
+        REQUIRE(mimo_quantize_fp8(table, MIMO_INT8, codes.get(), grid.get(), G - 1, row_of.get(), block, N, K,
+                                  out.get(), scales.get(), 0, nullptr) == MIMO_E_ARGUMENT,
+                "%s", table->name);
+      }
+    }
+  }
+}
+
 }  // namespace

@@ -57,6 +57,9 @@ struct Call {
 };
 
 std::int64_t up16(std::int64_t n) noexcept { return (n + 15) / 16 * 16; }
+std::int64_t state_pitch(std::int64_t dv) noexcept {
+  return (dv + kAttendColumns - 1) / kAttendColumns * kAttendColumns;
+}
 
 // The memory of a worker, cut up.
 struct Desk {
@@ -68,7 +71,7 @@ struct Desk {
   float *state;
   void *rest;
 };
-std::int64_t state_floats(std::int64_t rows, std::int64_t dv) noexcept { return 2 * up16(rows) + rows * up16(dv); }
+std::int64_t state_floats(std::int64_t rows, std::int64_t dv) noexcept { return 2 * up16(rows) + rows * state_pitch(dv); }
 Desk desk_at(unsigned char *memory, std::int64_t rows, const mimo_heads &heads) noexcept {
   Desk desk;
   desk.q = reinterpret_cast<float *>(memory);
@@ -88,13 +91,13 @@ std::int64_t desk_bytes(const mimo_table &table, std::int64_t rows, const mimo_h
 // Part i of a unit, `rows` and `dv` as in its state: most, total and out of all parts lie in three blocks.
 AttendState part_of(float *state, std::int64_t parts, std::int64_t rows, std::int64_t dv, std::int64_t i) noexcept {
   const std::int64_t sums = up16(rows);
-  return {state + i * sums, state + (parts + i) * sums, state + 2 * parts * sums + i * rows * up16(dv)};
+  return {state + i * sums, state + (parts + i) * sums, state + 2 * parts * sums + i * rows * state_pitch(dv)};
 }
 
 void clear(const AttendState &state, std::int64_t rows, std::int64_t dv) noexcept {
   std::fill_n(state.most, up16(rows), kAttendNothing);
   std::fill_n(state.total, up16(rows), 0.0F);
-  std::fill_n(state.out, rows * up16(dv), 0.0F);
+  std::fill_n(state.out, rows * state_pitch(dv), 0.0F);
 }
 
 // Scaled queries and what each row sees, into the desk.

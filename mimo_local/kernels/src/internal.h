@@ -129,6 +129,9 @@ struct DequantizeJob {
 
 using QuantizeRows = QuantizeResult (*)(const QuantizeJob &, std::int64_t n0, std::int64_t n1) noexcept;
 using DequantizeRows = void (*)(const DequantizeJob &, std::int64_t n0, std::int64_t n1) noexcept;
+// K codes of FP8 -> floats, column k times scales[k / block].
+using WidenFp8Row = void (*)(const std::uint8_t *codes, std::int64_t K, const float *scales, std::int64_t block,
+                             float *out) noexcept;
 
 // ---- between the products: elementwise.inc --------------------------------------------------------------------------
 
@@ -155,6 +158,7 @@ using ProductPeak = std::int64_t (*)(std::int64_t rounds) noexcept;
 // ---- attention: attention.inc, attention.cpp ------------------------------------------------------------------------
 
 inline constexpr std::int64_t kAttendKeys = 256;  // keys of a step
+inline constexpr std::int64_t kAttendColumns = 32;  // value columns that are summed side by side
 inline constexpr std::int64_t kAttendRows = 128;  // rows at most: their scores in a step are a quarter of a 512 KB cache
 
 // Some rows of queries of one sequence and the keys and values of the head they use.
@@ -180,7 +184,7 @@ struct AttendJob {
 struct AttendState {
   float *most;   // (rows)
   float *total;  // (rows)
-  float *out;    // (rows, dv rounded up to 16)
+  float *out;    // (rows, dv rounded up to kAttendColumns)
 };
 inline constexpr float kAttendNothing = -0x1.fffffep127F;  // not infinity: the difference of two is to be 0
 
@@ -191,7 +195,7 @@ struct AttendMerge {
   std::int64_t dv;
   float *most;
   const float *total;
-  const float *out;   // (parts, rows, dv rounded up to 16)
+  const float *out;   // (parts, rows, dv rounded up to kAttendColumns)
   const float *sink;  // (rows rounded up to 16), -infinity where there is none
   float *const *to;   // (rows) addresses of dv floats
 };
@@ -312,6 +316,8 @@ struct mimo_table {
   mimo::DequantizeRows nf4_dequantize;
   mimo::DequantizeRows mxfp4_dequantize;
   mimo::DequantizeRows int8_dequantize;
+  // fp8.inc
+  mimo::WidenFp8Row widen_fp8_row;
   // elementwise.inc
   mimo::RmsNormRows rms_norm_rows;
   mimo::Swiglu swiglu;

@@ -225,6 +225,13 @@ MIMO_API int32_t mimo_layers(const mimo_table *table, const mimo_layer *layers, 
 MIMO_API int32_t mimo_quantize(const mimo_table *table, int64_t format, const float *w, int64_t N, int64_t K,
                                void *codes, void *scales, int32_t search, int64_t *info) MIMO_NOEXCEPT;
 
+/* As mimo_quantize, for a checkpoint's FP8: w (N, K) E4M3 (no infinity, 0x7F and 0xFF are NaN), contiguous; weight
+ * (n, k) is its code's value times grid[row_of[n]][k / block], one rounding. grid (G, ceil(K / block)) float32; row_of (N)
+ * from 0 to G - 1. No float32 copy of w is made beyond a row per thread. */
+MIMO_API int32_t mimo_quantize_fp8(const mimo_table *table, int64_t format, const void *w, const float *grid, int64_t G,
+                                   const int32_t *row_of, int64_t block, int64_t N, int64_t K, void *codes, void *scales,
+                                   int32_t search, int64_t *info) MIMO_NOEXCEPT;
+
 /* W -> out (rows, cols) float32, contiguous. */
 MIMO_API int32_t mimo_dequantize(const mimo_table *table, const mimo_matrix *w, float *out) MIMO_NOEXCEPT;
 

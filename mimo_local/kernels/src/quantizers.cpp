@@ -1,7 +1,9 @@
-// mimo_quantize and mimo_dequantize: check the arguments, split the rows over the pool. Baseline code only.
+// mimo_quantize, mimo_quantize_fp8, mimo_dequantize: check the arguments, split the rows over the pool. Baseline code
+// only.
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <new>
 
 #include "internal.h"
 
@@ -13,17 +15,27 @@ constexpr std::int64_t kCachedElements = 1 << 21;  // 8 MiB of floats: about wha
 
 std::int64_t grain_for(std::int64_t K) noexcept { return std::max<std::int64_t>(1, kPieceElements / K); }
 
+// Where the weights come from when they are not floats yet.
+struct Fp8Source {
+  WidenFp8Row widen;
+  const std::uint8_t *w;
+  const float *grid;
+  const std::int32_t *row_of;
+  std::int64_t block;
+};
+
 struct QuantizeCall {
   QuantizeRows rows;
   QuantizeJob job;
+  std::int64_t code_bytes;  // of a row
+  std::int64_t scale_bytes;
+  const Fp8Source *fp8;  // or null
   std::atomic<std::int64_t> clamped;
   std::atomic<std::int64_t> bad_row;
 };
 
-void run_quantize(void *context, std::int64_t begin, std::int64_t end, void *) noexcept {
-  QuantizeCall &call = *static_cast<QuantizeCall *>(context);
-  const QuantizeResult result = call.rows(call.job, begin, end);
-  call.clamped.fetch_add(result.clamped, std::memory_order_relaxed);
+void note(QuantizeCall &call, const QuantizeResult &result) noexcept {
+  if (result.clamped > 0) call.clamped.fetch_add(result.clamped, std::memory_order_relaxed);
   if (result.bad_row < 0) return;
   std::int64_t first = call.bad_row.load(std::memory_order_relaxed);
   while ((first < 0 || result.bad_row < first) &&
@@ -31,19 +43,59 @@ void run_quantize(void *context, std::int64_t begin, std::int64_t end, void *) n
   }
 }
 
-std::int32_t quantize(QuantizeRows rows, const QuantizeJob &job, std::int64_t N, std::int64_t *info) noexcept {
+void run_quantize(void *context, std::int64_t begin, std::int64_t end, void *) noexcept {
+  QuantizeCall &call = *static_cast<QuantizeCall *>(context);
+  note(call, call.rows(call.job, begin, end));
+}
+
+void run_quantize_fp8(void *context, std::int64_t begin, std::int64_t end, void *memory) noexcept {
+  QuantizeCall &call = *static_cast<QuantizeCall *>(context);
+  const Fp8Source &fp8 = *call.fp8;
+  const std::int64_t K = call.job.K;
+  float *row = static_cast<float *>(memory);
+  for (std::int64_t n = begin; n < end; ++n) {
+    const float *scales = fp8.grid + fp8.row_of[n] * ((K - 1) / fp8.block + 1);
+    fp8.widen(fp8.w + n * K, K, scales, fp8.block, row);
+    const QuantizeJob job{row, K, static_cast<unsigned char *>(call.job.codes) + n * call.code_bytes,
+                          static_cast<unsigned char *>(call.job.scales) + n * call.scale_bytes, call.job.search};
+    QuantizeResult result = call.rows(job, 0, 1);
+    if (result.bad_row == 0) result.bad_row = n;
+    note(call, result);
+  }
+}
+
+std::int32_t quantize(const mimo_table &table, const mimo_matrix &out, const float *w, const Fp8Source *fp8, bool search,
+                      std::int64_t *info) noexcept {
   if (info != nullptr) *info = 0;
+  const bool nibbles = out.format != MIMO_INT8;
+  const QuantizeRows rows = out.format == MIMO_NF4     ? table.nf4_quantize
+                            : out.format == MIMO_MXFP4 ? table.mxfp4_quantize
+                                                       : table.int8_quantize;
+  // The contract of the entries is that these are written to; a mimo_matrix only reads.
+  const QuantizeJob job{w, out.cols, const_cast<void *>(out.codes), const_cast<void *>(out.scales), search};
+  const std::int64_t code_bytes = nibbles ? out.cols / 2 : out.cols;
+  const std::int64_t scale_bytes = stored_row_bytes(out.format, out.cols) - code_bytes;
   try {
-    QuantizeCall call{rows, job, {0}, {-1}};
-    parallel_for(N, grain_for(job.K), run_quantize, &call);
+    QuantizeCall call{rows, job, code_bytes, scale_bytes, fp8, {0}, {-1}};
+    if (fp8 == nullptr) {
+      parallel_for(out.rows, grain_for(out.cols), run_quantize, &call);
+    } else {
+      parallel_for(out.rows, grain_for(out.cols), run_quantize_fp8, &call, out.cols * 4);
+    }
     const std::int64_t bad = call.bad_row.load();
     const std::int64_t clamped = call.clamped.load();
     if (info != nullptr) *info = bad >= 0 ? bad : clamped;
     if (bad >= 0) return MIMO_E_NOT_FINITE;
     return clamped > 0 ? MIMO_CLAMPED : MIMO_OK;
+  } catch (const std::bad_alloc &) {
+    return MIMO_E_MEMORY;
   } catch (...) {
     return MIMO_E_INTERNAL;
   }
+}
+
+bool quantized(std::int64_t format) noexcept {
+  return format == MIMO_NF4 || format == MIMO_MXFP4 || format == MIMO_INT8;
 }
 
 struct DequantizeCall {
@@ -80,18 +132,24 @@ extern "C" {
 int32_t mimo_quantize(const mimo_table *table, int64_t format, const float *w, int64_t N, int64_t K, void *codes,
                       void *scales, int32_t search, int64_t *info) noexcept {
   const mimo_matrix out{codes, scales, N, K, format};
-  if (table == nullptr || !mimo::sensible_matrix(out) || (N > 0 && !mimo::usable(w, 4))) return MIMO_E_ARGUMENT;
-  const mimo::QuantizeJob job{w, K, codes, scales, search != 0};
-  switch (format) {
-    case MIMO_NF4:
-      return mimo::quantize(table->nf4_quantize, job, N, info);
-    case MIMO_MXFP4:
-      return mimo::quantize(table->mxfp4_quantize, job, N, info);
-    case MIMO_INT8:
-      return mimo::quantize(table->int8_quantize, job, N, info);
-    default:
-      return MIMO_E_ARGUMENT;
+  if (table == nullptr || !mimo::quantized(format) || !mimo::sensible_matrix(out)) return MIMO_E_ARGUMENT;
+  if (N > 0 && !mimo::usable(w, 4)) return MIMO_E_ARGUMENT;
+  return mimo::quantize(*table, out, w, nullptr, search != 0, info);
+}
+
+int32_t mimo_quantize_fp8(const mimo_table *table, int64_t format, const void *w, const float *grid, int64_t G,
+                          const int32_t *row_of, int64_t block, int64_t N, int64_t K, void *codes, void *scales,
+                          int32_t search, int64_t *info) noexcept {
+  const mimo_matrix out{codes, scales, N, K, format};
+  if (table == nullptr || !mimo::quantized(format) || !mimo::sensible_matrix(out)) return MIMO_E_ARGUMENT;
+  const bool there = mimo::usable(w, 1) && mimo::usable(grid, 4) && mimo::usable(row_of, 4);
+  if (block <= 0 || (N > 0 && !there)) return MIMO_E_ARGUMENT;
+  for (std::int64_t n = 0; n < N; ++n) {
+    if (row_of[n] < 0 || row_of[n] >= G) return MIMO_E_ARGUMENT;
   }
+  const std::int64_t width = std::min(block, (K + 15) / 16 * 16);
+  const mimo::Fp8Source source{table->widen_fp8_row, static_cast<const std::uint8_t *>(w), grid, row_of, width};
+  return mimo::quantize(*table, out, nullptr, &source, search != 0, info);
 }
 
 int32_t mimo_dequantize(const mimo_table *table, const mimo_matrix *w, float *out) noexcept {

@@ -1,0 +1,231 @@
+"""Rates of this machine out of the real decode loop: a prompt and some tokens of the pack itself.
+
+Every token is computed twice. The first time as in an answer, with hits and misses; the second time
+its experts have just been used and all lie in memory; then its experts alone. The differences are
+what the disk, the experts and everything else cost, and the planner's own formulas, solved for the
+rates, give the same times again. A bandwidth test would not know about threads, kernels and reads.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Final
+
+from mimo_local.benchmark import SEED, ModelRunner
+from mimo_local.config import ModelConfig
+from mimo_local.errors import UsageError
+from mimo_local.events import Progress
+from mimo_local.experts.meters import Meters
+from mimo_local.plan import Plan, prediction
+from mimo_local.plan.planner import rates_of
+from mimo_local.plan.rates import Calibration, Rates
+from mimo_local.sizes import PackSizes
+
+if TYPE_CHECKING:
+    import torch
+
+    from mimo_local.experts.store import Store
+
+TOKENS: Final = 24
+WARM: Final = 4
+"""First tokens that are not counted: pages are touched, threads wake up."""
+PROMPT: Final = 512
+SLOWEST, FASTEST = 1e6, 1e12
+"""Bytes/s between which a disk's rate is looked for."""
+
+
+@dataclass
+class Timings:
+    """Seconds of each token: as in an answer, with all experts in memory, and experts alone."""
+
+    first: list[float] = field(default_factory=list)
+    again: list[float] = field(default_factory=list)
+    experts: list[float] = field(default_factory=list)
+    spent: Meters = field(default_factory=Meters)
+    """Of the first times."""
+    prompt_s: float = 0.0
+    prompt_wait_s: float = 0.0
+    depth: int = 0
+    """Tokens in the context halfway."""
+
+
+def calibrate(
+    runner: ModelRunner,
+    store: Store,
+    plan: Plan,
+    *,
+    tokens: int = TOKENS,
+    prompt: int = PROMPT,
+    on_progress: Callable[[Progress], None] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Calibration:
+    """Measure for some seconds; `plan`: of the loaded model. UsageError if it is too short."""
+    prompt = min(prompt, runner.max_context - tokens - WARM, plan.context - tokens - WARM)
+    if prompt < 1 or tokens < 1:
+        raise UsageError(
+            f"a context of {plan.context} tokens is too short to calibrate with",
+            hint=f"give at least `--context {TOKENS + WARM + 1}`",
+        )
+    timings = measure(runner, store, tokens, prompt, on_progress, clock)
+    return solve(runner, plan, timings, prompt)
+
+
+def measure(
+    runner: ModelRunner,
+    store: Store,
+    tokens: int,
+    prompt: int,
+    on_progress: Callable[[Progress], None] | None,
+    clock: Callable[[], float],
+) -> Timings:
+    """Run the loop and note what it took."""
+    source = random.Random(SEED)
+    ids = [source.randrange(runner.vocab_size) for _ in range(prompt + tokens + WARM)]
+    found = Timings(depth=prompt + WARM + tokens // 2)
+    # The first prompt touches fresh pages and has all it reads checked: the second is like others.
+    for _ in range(2):
+        runner.reset()
+        before, start = store.meters.copy(), clock()
+        runner.prefill(ids[:prompt])
+    found.prompt_s = clock() - start
+    found.prompt_wait_s = store.meters.since(before).wait_s
+    chosen: list[tuple[int, torch.Tensor]] = []
+    for i, token in enumerate(ids[prompt:]):
+        before, start = store.meters.copy(), clock()
+        runner.step(token)
+        first = clock() - start
+        spent = store.meters.since(before)
+        # Watching asks the store for every layer's choice, so it is done in a step of its own.
+        _again(runner, token, store, chosen)
+        start = clock()
+        _again(runner, token)
+        again = clock() - start
+        alone = _experts_alone(runner, store, chosen, clock)
+        if i >= WARM:
+            found.first.append(first)
+            found.again.append(again)
+            found.experts.append(alone)
+            _add(found, spent)
+        if on_progress is not None:
+            on_progress(Progress("calibrating", i + 1, tokens + WARM, "tokens"))
+    return found
+
+
+def _again(
+    runner: ModelRunner,
+    token: int,
+    store: Store | None = None,
+    chosen: list[tuple[int, torch.Tensor]] | None = None,
+) -> None:
+    """The last token once more; with a store, note what its layers choose."""
+    runner.cache.truncate(runner.cache.length - 1)
+    if store is None or chosen is None:
+        runner.step(token)
+        return
+    chosen.clear()
+    store.watch(lambda layer, ids: chosen.append((layer, ids.clone())))
+    try:
+        runner.step(token)
+    finally:
+        store.watch(None)
+
+
+def _experts_alone(
+    runner: ModelRunner,
+    store: Store,
+    chosen: list[tuple[int, torch.Tensor]],
+    clock: Callable[[], float],
+) -> float:
+    """Seconds of a token's experts, all of them in memory."""
+    import torch
+
+    from mimo_local import ops
+
+    x = torch.randn(1, runner.model.config.hidden_size)
+    seconds = 0.0
+    for layer, ids in chosen:
+        w = torch.full(ids.shape, 1 / ids.shape[1])
+        with ops.threads_for(1), torch.inference_mode():
+            start = clock()
+            store.run(layer, x, ids, w)
+            seconds += clock() - start
+    return seconds
+
+
+def _add(found: Timings, spent: Meters) -> None:
+    for f in fields(Meters):
+        setattr(found.spent, f.name, getattr(found.spent, f.name) + getattr(spent, f.name))
+
+
+# -- the formulas turned around --------------------------------------------------------------------
+
+
+def solve(runner: ModelRunner, plan: Plan, found: Timings, prompt: int) -> Calibration:
+    """The rates with which the planner's arithmetic gives the measured times."""
+    config, sizes = runner.model.config, plan.sizes
+    again, experts = statistics.median(found.again), statistics.median(found.experts)
+    experts = min(experts, 0.95 * again)  # alone they may be slower by a wake-up per layer
+    resident = again - experts
+    picks = config.experts_per_token * prediction.moe_layers(config) if sizes.experts else 0
+    assumed = rates_of(plan.budget, plan.placement)
+    ram = picks * sizes.expert / experts if picks and experts > 0 else assumed.ram
+    in_ram = prediction.resident_bytes(config, plan.placement, found.depth)[1]
+    # What memory does not explain is overhead; if memory is faster than for experts, there is none.
+    layer_s = max(0.0, (resident - in_ram / ram) / config.n_layers) if picks else 0.0
+    rest = in_ram / (resident - config.n_layers * layer_s)
+    wanted = found.spent.wanted
+    missed = (found.spent.misses + found.spent.staged_hits) / wanted if wanted else 0.0
+    first = statistics.fmean(found.first)
+    flops = prediction.prompt_flops(config, prompt)
+    made = Calibration(
+        when=datetime.now(UTC).date().isoformat(),
+        tokens=len(found.first),
+        prompt=prompt,
+        resident_s=resident,
+        expert_s=experts,
+        wait_s=max(0.0, first - statistics.fmean(found.again)) if missed else 0.0,
+        ram_rate=ram,
+        rest_rate=rest,
+        layer_s=layer_s,
+        flops=flops / max(found.prompt_s - found.prompt_wait_s, 1e-9),
+    )
+    if not missed or made.wait_s <= 0:
+        return made
+    in_vram = found.spent.vram_hits / wanted
+    rate = disk_rate(config, sizes, assumed, made, in_vram, missed)
+    k = config.experts_per_token
+    reads = k * missed / (1 - (1 - missed) ** k)
+    return made if rate is None else replace(made, disk_rate=rate, reads=reads)
+
+
+def disk_rate(
+    config: ModelConfig,
+    sizes: PackSizes,
+    assumed: Rates,
+    made: Calibration,
+    in_vram: float,
+    missed: float,
+) -> float | None:
+    """Bytes/s at which the planner's layers take what was measured with this share of misses.
+
+    None if no rate does: what was lost was not the disk's doing.
+    """
+
+    def token_s(rate: float) -> float:
+        rates = replace(assumed, ram=made.ram_rate, disk=rate)
+        return prediction.expert_seconds(config, sizes, rates, in_vram, missed)[0]
+
+    low, high = math.log(SLOWEST), math.log(FASTEST)
+    target = made.expert_s + made.wait_s
+    if not token_s(FASTEST) < target < token_s(SLOWEST):
+        return None
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (low, middle) if token_s(math.exp(middle)) < target else (middle, high)
+    return math.exp(middle)

@@ -1,0 +1,268 @@
+"""`mimo plan`: where every byte would live, how fast that would be, and how right that was.
+
+Decisions come from `mimo_local.plan`, rates from this machine's own decode loop if it has been
+calibrated; `plan_text` draws.
+"""
+
+from __future__ import annotations
+
+import json as jsonlib
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mimo_local.cli import models
+from mimo_local.cli.models import JsonOption
+from mimo_local.cli.status import Status, say
+from mimo_local.errors import ExitCode, UsageError
+from mimo_local.settings import PACK_MANIFEST, Paths, Settings, parse_size
+
+if TYPE_CHECKING:
+    from mimo_local.config import ModelConfig
+    from mimo_local.loading import Loaded
+    from mimo_local.plan import Budget
+    from mimo_local.sizes import PackSizes
+
+SHOWN = 10  # answers in `--check`'s table
+
+
+def size(text: str) -> int:
+    """`24GB`, `24G`, `23.5 GiB`, `1TB` in bytes; GB is 10^9, GiB is 2^30."""
+    try:
+        return parse_size(text)
+    except ValueError:
+        raise UsageError(
+            f"`{text}` is not a size", hint="write it like 24GB, 23.5GiB or 1TB"
+        ) from None
+
+
+def _size_option(name: str, what: str) -> object:
+    return typer.Option(f"--{name}", help=f"{what}; left out: this machine's", metavar="SIZE")
+
+
+Vram = Annotated[str | None, _size_option("vram", "GPU memory, like 24GB; 0 for none")]
+Ram = Annotated[str | None, _size_option("ram", "memory, like 64GB")]
+Disk = Annotated[str | None, _size_option("disk", "free disk, like 1TB")]
+Cores = Annotated[int | None, typer.Option("--cores", help="CPU cores", min=1, metavar="N")]
+RamRate = Annotated[
+    str | None, typer.Option("--ram-rate", help="memory's rate a second, like 80GB", metavar="SIZE")
+]
+DiskRate = Annotated[
+    str | None, typer.Option("--disk-rate", help="disk's rate a second, like 7GB", metavar="SIZE")
+]
+Model = Annotated[
+    Path | None,
+    typer.Option(
+        "-m", "--model", help="pack or checkpoint; left out: MiMo-V2-Flash", metavar="PATH"
+    ),
+]
+Context = Annotated[
+    int | None,
+    typer.Option("--context", help="tokens to keep room for; left out: what fits", metavar="N"),
+]
+Pages = Annotated[int, typer.Option("--pages", help="pages of the document to read", metavar="N")]
+Format = Annotated[
+    str, typer.Option("--format", help="nf4 or mxfp4 (experts, rest int8), int8, bf16", metavar="F")
+]
+Measure = Annotated[bool, typer.Option("--measure", help="measure this RAM and disk, ~2 s")]
+Calibrate = Annotated[
+    bool,
+    typer.Option(
+        "--calibrate", help="run the pack for some tokens and keep the rates it shows, 1-2 min"
+    ),
+]
+Check = Annotated[
+    bool, typer.Option("--check", help="compare the last answers with what was predicted")
+]
+
+
+def plan(
+    vram: Vram = None,
+    ram: Ram = None,
+    disk: Disk = None,
+    cores: Cores = None,
+    ram_rate: RamRate = None,
+    disk_rate: DiskRate = None,
+    model: Model = None,
+    context: Context = None,
+    pages: Pages = 100,
+    format: Format = "nf4",  # noqa: A002 - the option's name
+    measure: Measure = False,
+    calibrate: Calibrate = False,
+    check: Check = False,
+    json: JsonOption = False,
+) -> int:
+    """Show where every byte of a model would live, and how fast that would be.
+
+    Speeds are estimates between uniform routing and that of similar models. Loads nothing, unless
+    asked to calibrate: then they rest on the pack's own decode loop on this machine.
+    """
+    from mimo_local.plan.planner import PAGE_TOKENS
+
+    if check:
+        return checked(json=json)
+    if calibrate:
+        model = calibrated(model, context, None if ram is None else size(ram))
+    config, pack, name = subject(model, format)
+    budget = this_machine(model, measure=measure)
+    rates = {"ram_rate": ram_rate, "disk_rate": disk_rate}
+    given = {key: _rate(text) for key, text in rates.items() if text is not None}
+    if given or cores is not None:
+        budget = replace(budget, calibration=None)  # of another machine than this one
+    budget = replace(
+        budget,
+        vram=budget.vram if vram is None else size(vram),
+        ram=budget.ram if ram is None else size(ram),
+        disk=budget.disk if disk is None else size(disk),
+        cores=cores or budget.cores,
+        pack_present=disk is None and model is not None and (model / PACK_MANIFEST).exists(),
+        given=tuple(key.removesuffix("_rate") for key in given),
+        ram_rate=given.get("ram_rate", budget.ram_rate),
+        disk_rate=given.get("disk_rate", budget.disk_rate),
+    )
+    return shown(config, pack, name, budget, context, pages * PAGE_TOKENS, json=json)
+
+
+def shown(
+    config: ModelConfig,
+    pack: PackSizes,
+    name: str,
+    budget: Budget,
+    context: int | None,
+    tokens: int,
+    *,
+    json: bool,
+) -> int:
+    """Print the plan; raises what makes it impossible."""
+    from mimo_local.cli import plan_text
+    from mimo_local.plan import plan as planned
+
+    found = planned(config, pack, budget, context=context, tokens=tokens, gpu_dense=True)
+    now = None
+    if found.placement.vram:  # this version keeps no more than experts there
+        now = planned(config, pack, budget, context=context, tokens=tokens)
+    if json:
+        data = {"model": name, **found.to_dict()}
+        data["this_version"] = (now or found).to_dict()
+        print(jsonlib.dumps(data))
+    else:
+        print(plan_text.plan(found, name, now))
+    found.check()
+    return ExitCode.OK
+
+
+def _rate(text: str) -> float:
+    found = size(text.removesuffix("/s"))
+    if found <= 0:
+        raise UsageError(f"`{text}` is not a rate", hint="write bytes a second, like 7GB")
+    return float(found)
+
+
+def subject(model: Path | None, fmt: str) -> tuple[ModelConfig, PackSizes, str]:
+    """(config, bytes, what to call it) of a pack, a checkpoint to be packed, or the real model."""
+    from mimo_local.config import ModelConfig
+    from mimo_local.sizes import PackSizes
+    from quant.recipe import Recipe
+
+    recipe = Recipe.for_format(fmt)
+    if model is None:
+        data = Path(__file__).parent.with_name("real_config.json").read_text(encoding="utf-8")
+        config = ModelConfig.from_dict(jsonlib.loads(data))
+        return config, PackSizes.estimate(config, recipe), f"MiMo-V2-Flash, {fmt} pack"
+    config = ModelConfig.from_dir(model)
+    manifest = model / PACK_MANIFEST
+    if manifest.is_file():
+        found = PackSizes.of_pack(jsonlib.loads(manifest.read_text(encoding="utf-8")))
+        return config, found, f"the pack {model.resolve().name}"
+    return config, PackSizes.estimate(config, recipe), f"{model.resolve().name} as {fmt} pack"
+
+
+def this_machine(model: Path | None = None, *, measure: bool) -> Budget:
+    """This machine as a budget: calibrated with this pack, or its RAM and disk measured, or not."""
+    from mimo_local import hardware
+    from mimo_local.plan import here
+
+    data = Paths.default().data_dir
+    facts = hardware.detect(model or data)
+    known = None
+    if model is not None:
+        known = here.calibration_of(data, here.machine_key(facts), here.model_key(model))
+    budget = here.whole_machine(facts, known)
+    if not measure:
+        return budget
+    ram, disk = hardware.measure_ram(), hardware.measure_disk(hardware.disk(data).path)
+    return replace(
+        budget,
+        ram_rate=ram.bytes_per_s,
+        disk_rate=disk.bytes_per_s,
+        measured=("ram", "disk"),
+    )
+
+
+def calibrated(model: Path | None, context: int | None, ram: int | None) -> Path:
+    """Measure the chosen pack's decode loop and keep what it showed; returns the pack's folder.
+
+    `ram`: most bytes the model may take, as in an answer with `--ram`.
+    """
+    from mimo_local import hardware
+    from mimo_local.cli import plan_text
+    from mimo_local.plan import here
+
+    loaded, folder = load(Settings.resolve(model=model, context=context, ram=ram))
+    from mimo_local.benchmark import ModelRunner
+    from mimo_local.calibrate import calibrate
+
+    if loaded.plan is None:
+        raise UsageError(
+            f"{folder.name} is a checkpoint: only packs are planned and calibrated",
+            hint="make a pack of it with `mimo quantize`",
+        )
+    status = Status()
+    try:
+        runner = ModelRunner(loaded.model, loaded.new_cache)
+        found = calibrate(runner, loaded.model.experts, loaded.plan, on_progress=status)
+    finally:
+        status.clear()
+    data, facts = Paths.default().data_dir, hardware.detect(folder)
+    here.keep_calibration(data, here.machine_key(facts), here.model_key(folder), found)
+    say(plan_text.calibrated(found))
+    return folder
+
+
+def load(settings: Settings) -> tuple[Loaded, Path]:
+    """The chosen model with its stores, and its folder: the seam the tests replace."""
+    chosen = models.choose(settings)
+    from mimo_local.loading import load as loaded
+
+    status = Status()
+    try:
+        found = loaded(chosen, status)
+    finally:
+        status.clear()
+    assert chosen.model is not None
+    return found, chosen.model
+
+
+def checked(*, json: bool) -> int:
+    """Print the last answers of this machine beside their predictions."""
+    from mimo_local import hardware, runs, verdicts
+    from mimo_local.cli import plan_text
+    from mimo_local.plan import here
+
+    data = Paths.default().data_dir
+    mine = here.machine_key(hardware.detect(data))
+    found = [run for run in runs.recent(data, runs.LIMIT) if run.machine == mine][-SHOWN:]
+    judged = [(run, verdicts.judge(run)) for run in found]
+    if json:
+        lines = [
+            asdict(run) | {"findings": [asdict(f) | {"off": f.off} for f in findings]}
+            for run, findings in judged
+        ]
+        print(jsonlib.dumps({"runs": lines}))
+    elif judged:
+        print(plan_text.check(judged))
+    else:
+        print("no answer of a pack has been recorded on this machine yet")
+    return ExitCode.OK

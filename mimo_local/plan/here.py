@@ -1,0 +1,134 @@
+"""This machine as a budget: what `hardware` found, what the decode loop measured before.
+
+Calibrations are kept in one small JSON file of the user's data folder, one per machine and pack,
+written whole or not at all; a file that is damaged or of another version counts as none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, Final
+
+from mimo_local.hardware import Hardware
+from mimo_local.plan.placement import RAM_RESERVE, RAM_SHARE
+from mimo_local.plan.rates import CORE_FLOPS, SLOW_FLOPS, Calibration
+from mimo_local.plan.types import Budget
+from mimo_local.settings import PACK_MANIFEST
+
+FILE: Final = "calibrations.json"
+VERSION: Final = 1
+KEPT: Final = 50
+"""Calibrations kept; the oldest go first."""
+
+
+def whole_machine(facts: Hardware, calibration: Calibration | None = None) -> Budget:
+    """All memory of this machine, to plan for."""
+    return Budget(
+        ram=facts.ram_total,
+        disk=facts.disk.free,
+        vram=facts.vram,
+        cores=min(facts.cores_physical, facts.cores_usable),
+        core_flops=CORE_FLOPS.get(facts.kernels, SLOW_FLOPS),
+        calibration=calibration,
+    )
+
+
+def free_now(
+    facts: Hardware,
+    calibration: Calibration | None = None,
+    *,
+    limit: int | None = None,
+    vram: int | None = 0,
+) -> Budget:
+    """What a model that is loaded now may take: the memory that is free, less a reserve.
+
+    The pack is there already. `limit`: most bytes of RAM for the model; `vram`: of the GPU's
+    memory, None: what is free of it.
+    """
+    free = max((device.vram_free for device in facts.gpus), default=0)
+    reserve = min(RAM_RESERVE, facts.ram_total // RAM_SHARE)  # as `experts.memory.reserve`
+    ram = facts.ram_available
+    if limit is not None:
+        ram = min(ram, limit + reserve)
+    return Budget(
+        ram=ram,
+        disk=facts.disk.free,
+        vram=free if vram is None else min(vram, free),
+        cores=min(facts.cores_physical, facts.cores_usable),
+        core_flops=CORE_FLOPS.get(facts.kernels, SLOW_FLOPS),
+        pack_present=True,
+        reserve=reserve,
+        calibration=calibration,
+    )
+
+
+def machine_key(facts: Hardware) -> str:
+    """Twelve characters that stay the same as long as speeds should."""
+    gpus = ",".join(gpu.name for gpu in facts.gpus)
+    text = f"{facts.cpu}|{facts.cores_usable}|{facts.kernels}|{gpus}"
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def model_key(folder: Path) -> str:
+    """Twelve characters for what is in a pack or checkpoint folder: its manifest or its config."""
+    for name in (PACK_MANIFEST, "config.json"):
+        with contextlib.suppress(OSError):
+            return hashlib.sha256((folder / name).read_bytes()).hexdigest()[:12]
+    return "unknown"
+
+
+def calibration_of(data_dir: Path, machine: str, model: str) -> Calibration | None:
+    """What was measured with this pack on this machine, if it was."""
+    entry = _entries(data_dir / FILE).get(f"{machine}-{model}")
+    names = {f.name for f in fields(Calibration)}
+    if not isinstance(entry, dict) or set(entry) != names:
+        return None
+    found = Calibration(**entry)
+    numbers = [v for k, v in entry.items() if k not in ("when", "disk_rate")]
+    numbers += [] if found.disk_rate is None else [found.disk_rate]
+    if not all(isinstance(v, (int, float)) and v >= 0 for v in numbers):
+        return None
+    rates = (found.ram_rate, found.rest_rate, found.flops, found.disk_rate)
+    return None if 0 in rates else found
+
+
+def keep_calibration(data_dir: Path, machine: str, model: str, found: Calibration) -> Path:
+    """Store it, in place of an older one; OSError if the folder cannot be written."""
+    path = data_dir / FILE
+    entries = _entries(path)
+    key = f"{machine}-{model}"
+    entries.pop(key, None)
+    entries[key] = asdict(found)
+    kept = dict(list(entries.items())[-KEPT:])
+    data_dir.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps({"version": VERSION, "calibrations": kept}, indent=1) + "\n")
+    return path
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file: whoever reads it sees the old text or the new one."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _entries(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(data, dict) or data.get("version") != VERSION:
+        return {}
+    entries = data.get("calibrations")
+    return entries if isinstance(entries, dict) else {}

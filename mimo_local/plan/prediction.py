@@ -1,0 +1,186 @@
+"""How fast a placement would be: seconds per token, per document, until it is loaded.
+
+Bytes over rates, tiers side by side, the slowest counts. `calibrate` turns this arithmetic around
+to find the rates. Pure.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from mimo_local.config import ModelConfig
+from mimo_local.plan.placement import EMBEDDING, KV, MTP
+from mimo_local.plan.rates import GPU_FLOPS, Rates
+from mimo_local.plan.routing import HitCurve
+from mimo_local.plan.types import Decode, Placement, Prediction, Prefill
+from mimo_local.sizes import CHUNK, PackSizes, active_weights, hidden_bytes, kv_bytes
+
+LEAST_ROWS = 256  # rows of a pass, however little memory there is
+DEPTH = 8192  # tokens in the context while decoding: what an answer about a long page has
+
+
+def predict(
+    config: ModelConfig,
+    sizes: PackSizes,
+    found: Placement,
+    rates: Rates,
+    *,
+    curves: Sequence[HitCurve],
+    tokens: int,
+    depth: int = DEPTH,
+) -> Prediction:
+    """Speeds of `found`; `tokens`: length of the document whose reading is predicted.
+
+    `depth`: tokens in the context while decoding, at most all of it.
+    """
+    depth = min(depth, found.context)
+    held = sum(found.vram.values()) + sum(found.ram.values())
+    held -= kv_bytes(config, found.context, found.kv_itemsize)
+    kept = (found.vram_experts + found.ram_experts) * sizes.expert
+    everything = not found.disk_experts
+    return Prediction(
+        decode=tuple(decode(config, sizes, found, rates, curve, depth) for curve in curves),
+        depth=depth,
+        prefill=prefill(config, sizes, found, rates, tokens),
+        load_s=(held + (kept if everything else 0)) / rates.disk,
+        fill_s=0.0 if everything else kept / rates.disk,
+    )
+
+
+def moe_layers(config: ModelConfig) -> int:
+    """Layers that choose among experts."""
+    return sum(layer.mlp == "moe" for layer in config.layers)
+
+
+def resident_bytes(config: ModelConfig, found: Placement, depth: int) -> tuple[int, int]:
+    """(VRAM, RAM): bytes besides experts that a token reads with `depth` tokens in the context."""
+    skip = {MTP} if config.tie_embeddings else {MTP, EMBEDDING}
+    kv = kv_bytes(config, depth, found.kv_itemsize)
+
+    def total(tier: dict[str, int]) -> int:
+        return sum(kv if name == KV else n for name, n in tier.items() if name not in skip)
+
+    return total(dict(found.vram)), total(dict(found.ram))
+
+
+def decode(
+    config: ModelConfig,
+    sizes: PackSizes,
+    found: Placement,
+    rates: Rates,
+    curve: HitCurve,
+    depth: int,
+) -> Decode:
+    """One token with `depth` tokens in the context."""
+    vram, ram = resident_bytes(config, found, depth)
+    resident = rates.step_s + rates.layer_s * config.n_layers + vram / rates.vram + ram / rates.rest
+    if not sizes.experts:
+        return Decode(curve.name, 1 / resident, 0.0, 1.0, resident, 0.0, 0.0)
+    in_vram = curve(found.vram_experts / sizes.experts)
+    hit = curve(1 - found.disk_experts / sizes.experts)
+    picks = config.experts_per_token * moe_layers(config)
+    total, at_hand = expert_seconds(config, sizes, rates, in_vram, 1 - hit)
+    return Decode(
+        routing=curve.name,
+        tokens_per_s=1 / (resident + total),
+        disk_bytes=picks * (1 - hit) * sizes.expert,
+        hit=hit,
+        resident_s=resident,
+        expert_s=at_hand,
+        wait_s=total - at_hand,
+    )
+
+
+def expert_seconds(
+    config: ModelConfig, sizes: PackSizes, rates: Rates, in_vram: float, missed: float
+) -> tuple[float, float]:
+    """(seconds of a token's experts, the same if what is missed lay in RAM) for shares of choices.
+
+    `in_vram`: share that is found in VRAM, `missed`: share that is read from disk.
+    """
+    one = (sizes.vram_slot / rates.vram, sizes.expert / rates.ram, sizes.expert / rates.disk)
+    layers, k = moe_layers(config), config.experts_per_token
+    total = layers * expected_layer_s(k, in_vram, missed, *one)
+    return total, layers * expected_layer_s(k, in_vram, 0.0, *one)
+
+
+def expected_layer_s(
+    chosen: int, vram: float, disk: float, vram_s: float, ram_s: float, disk_s: float
+) -> float:
+    """Mean seconds of one MoE layer: `chosen` experts drawn independently over three tiers.
+
+    `vram` and `disk` are the chances of a choice to lie there, the rest is in RAM; `*_s` is one
+    expert's time in a tier. The tiers work side by side and the slowest counts; what comes from
+    disk is multiplied by the CPU too, the last one after everything has been read.
+    """
+    mean = 0.0
+    ram = max(0.0, 1 - vram - disk)
+    for v in range(chosen + 1):
+        for d in range(chosen - v + 1):
+            r = chosen - v - d
+            ways = math.comb(chosen, v) * math.comb(chosen - v, d)
+            chance = ways * vram**v * disk**d * ram**r
+            read = d * disk_s + ram_s if d else 0.0
+            mean += chance * max(v * vram_s, (r + d) * ram_s, read)
+    return mean
+
+
+def prefill(
+    config: ModelConfig, sizes: PackSizes, found: Placement, rates: Rates, tokens: int
+) -> Prefill:
+    """A document of `tokens`, in as few equal parts as the context allows."""
+    parts = max(1, math.ceil(tokens / found.context))
+    each = math.ceil(tokens / parts)
+    limits = pass_limits(config, sizes, found, rates, each)
+    bound = max(limits, key=lambda name: limits[name])
+    total = {name: parts * seconds for name, seconds in limits.items()}
+    fixed = rates.step_s + rates.layer_s * config.n_layers * math.ceil(each / CHUNK)
+    return Prefill(tokens, parts, total[bound] + parts * fixed, bound, total)
+
+
+def pass_limits(
+    config: ModelConfig, sizes: PackSizes, found: Placement, rates: Rates, tokens: int
+) -> dict[str, float]:
+    """Seconds that disk, RAM or PCIe, and arithmetic need for one pass of `tokens` tokens.
+
+    Layer by layer, so that an expert is read once however long the prompt is; the rest of a layer
+    once per chunk of rows. They overlap: the largest is the time of the pass.
+    """
+    gpu = any(found.vram.values())
+    touched = 0.0
+    if sizes.experts:
+        touched = 1 - (1 - config.experts_per_token / config.n_experts) ** tokens
+    times, spilled = spilling(config, found, tokens)
+    on_disk = times * touched * found.disk_experts * sizes.expert
+    off_gpu = on_disk + times * touched * found.ram_experts * sizes.expert
+    # What has spilled is read and written again in every layer.
+    limits = {"disk": (on_disk + 2 * config.n_layers * spilled) / rates.disk}
+    flops = prompt_flops(config, tokens)
+    if gpu:
+        limits["PCIe"] = off_gpu / rates.pcie
+        limits["arithmetic"] = flops / GPU_FLOPS
+    else:
+        rest = resident_bytes(config, found, tokens)[1] * math.ceil(tokens / CHUNK)
+        limits["RAM"] = off_gpu / rates.ram + rest / rates.rest
+        limits["arithmetic"] = flops / rates.cpu_flops
+    return limits
+
+
+def spilling(config: ModelConfig, found: Placement, tokens: int) -> tuple[int, int]:
+    """(how often a prompt reads the experts, bytes of hidden states that lie in a file)."""
+    if tokens <= found.hidden_tokens or not config.is_moe:
+        return 1, 0
+    one = 4 * config.hidden_size
+    kept = hidden_bytes(config, 1) - one  # two of a row's three buffers stay in RAM
+    most = max(LEAST_ROWS, 2 * found.hidden_budget // kept)
+    return math.ceil(tokens / most), one * tokens
+
+
+def prompt_flops(config: ModelConfig, tokens: int) -> float:
+    """Operations of a prompt, multiply-adds counted twice: weights, and attention's own."""
+    flops = 2.0 * active_weights(config) * tokens
+    for layer in config.layers:
+        seen = tokens if layer.window is None else min(tokens, 2 * layer.window)
+        flops += layer.heads * (layer.head_dim + layer.v_head_dim) * tokens * seen
+    return flops
