@@ -4,7 +4,8 @@
     python bench/engine_worker.py ours --pack DIR | --slice 3 --format nf4 --vocab 1024
 
 Requests: {"op": "prefill", "n": 512}, "fill", "decode", "verify", "threads", "info", "quit". Times
-are taken here, around the engine's own call, up to the logits in memory. The parent half, `Worker`,
+are taken here, around the engine's own call, up to the logits in memory; `others` says what other
+processes took of the machine meanwhile. The parent half, `Worker`,
 stops its process while it is not asked, so that no engine's spinning threads cost the other
 anything. Both engines get the same random ids. Called by bench/vs_llamacpp.py.
 """
@@ -59,6 +60,31 @@ class Engine(Protocol):
         """Counters of where experts came from since it was loaded; empty without tiers."""
 
 
+class Others:
+    """What other processes, and other guests of the host, take of this machine from now on."""
+
+    def __init__(self) -> None:
+        self._start = self._now()
+
+    def share(self) -> float:
+        """Of all cores' time, 0..1, in steps of the kernel's 10 ms; 0 where /proc is not there."""
+        wall, busy, own = (b - a for a, b in zip(self._start, self._now(), strict=True))
+        cores = os.cpu_count() or 1
+        return round(max(0.0, busy - own - 0.02) / max(wall * cores, 1e-9), 3)
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        """Seconds: of the clock, of all processes, of this one."""
+        busy, stat = 0.0, Path("/proc/stat")
+        if stat.is_file():
+            user, nice, system, _idle, _iowait, irq, soft, steal = (
+                int(field) for field in stat.read_text(encoding="ascii").split()[1:9]
+            )
+            ticks = user + nice + system + irq + soft + steal
+            busy = ticks / os.sysconf("SC_CLK_TCK")
+        return time.perf_counter(), busy, time.process_time()
+
+
 class Server:
     """Turns requests into calls of an engine, and times them."""
 
@@ -84,14 +110,16 @@ class Server:
             for start in range(0, n, chunk):
                 self.engine.feed(self._draw(min(chunk, n - start)), "last")
             return {}
+        if op not in ("prefill", "decode", "verify"):
+            raise UsageError(f"there is no request `{op}`", hint="see the module's first lines")
         if op == "prefill":
             self._restart()
-            return {"ms": [self._timed(n, str(request.get("outputs", "last")))]}
+        others = Others()
         if op == "decode":
-            return {"ms": [self._timed(1, "last") for _ in range(n)]}
-        if op == "verify":
-            return {"ms": [self._timed(n, "all")]}
-        raise UsageError(f"there is no request `{op}`", hint="see the module's first lines")
+            found = [self._timed(1, "last") for _ in range(n)]
+        else:
+            found = [self._timed(n, "all" if op == "verify" else str(request.get("outputs")))]
+        return {"ms": found, "others": others.share()}
 
     def _restart(self) -> None:
         self.ids = random.Random(SEED)
@@ -130,6 +158,8 @@ class Worker:
         self, name: str, command: Sequence[str], log: Path, *, patience_s: float = PATIENCE_S
     ) -> None:
         self.name, self.log, self.patience_s = name, log, patience_s
+        self.others = 0.0
+        """What other processes took of the machine during the last timed request, 0..1."""
         with log.open("wb") as errors:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
@@ -151,7 +181,9 @@ class Worker:
 
     def ms(self, op: str, n: int = 1, **more: object) -> list[float]:
         """The times of one request."""
-        return [float(value) for value in self.ask(op, n, **more)["ms"]]
+        reply = self.ask(op, n, **more)
+        self.others = float(reply.get("others", 0.0))
+        return [float(value) for value in reply["ms"]]
 
     def close(self) -> None:
         """End the process; safe to call twice."""
@@ -307,7 +339,7 @@ def open_llamacpp(args: argparse.Namespace) -> Engine:
     from llamacpp_engine import LlamaCpp
 
     size = {"context": args.context, "batch": args.batch, "threads": args.threads}
-    return LlamaCpp(args.gguf, **size)
+    return LlamaCpp(args.gguf, **size, mmap=not args.no_mmap)
 
 
 def die_with_parent() -> None:
@@ -325,6 +357,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         kinds = parser.add_subparsers(dest="engine", required=True)
         theirs, ours = kinds.add_parser("llamacpp"), kinds.add_parser("ours")
         theirs.add_argument("gguf", type=Path)
+        theirs.add_argument("--no-mmap", action="store_true", help="weights in memory of its own")
         ours.add_argument("--pack", type=Path)
         ours.add_argument("--ram", help="most memory to use, like 2GB")
         ours.add_argument("--prefetch", choices=("auto", "on", "off"))

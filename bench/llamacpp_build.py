@@ -22,7 +22,6 @@ from mimo_local.errors import DownloadError, MimoError
 TOOLS = ("clang", "clang++", "cmake", "ninja")
 CMAKE_ARGS = (
     "-G Ninja",
-    "-DGGML_NATIVE=ON",
     "-DLLAVA_BUILD=OFF",
     "-DLLAMA_OPENSSL=OFF",
     "-DLLAMA_BUILD_TOOLS=OFF",
@@ -30,7 +29,11 @@ CMAKE_ARGS = (
     "-DLLAMA_BUILD_TESTS=OFF",
     "-DLLAMA_BUILD_EXAMPLES=OFF",
 )
+ISAS = {"native": ("-DGGML_NATIVE=ON",), "avx2": ("-DGGML_NATIVE=OFF", "-DGGML_AVX512=OFF")}
+"""Flags of what the build may use: all this CPU has, or AVX2, FMA, F16C and BMI2."""
 SOURCE = "llama-cpp-python"
+VERSION = "0.3.36"
+"""Pinned: results name it, and the mimo2 architecture and the C functions used are known in it."""
 Say = Callable[[str], None]
 
 
@@ -48,7 +51,7 @@ def usable(venv: Path) -> bool:
     return subprocess.run(check, capture_output=True, check=False).returncode == 0
 
 
-def ensure(venv: Path, *, jobs: int, say: Say) -> Path:
+def ensure(venv: Path, *, jobs: int, say: Say, isa: str = "native") -> Path:
     """The Python that has llama.cpp, built first if `venv` has none; MimoError, DownloadError."""
     if usable(venv):
         return python_of(venv)
@@ -63,7 +66,7 @@ def ensure(venv: Path, *, jobs: int, say: Say) -> Path:
         source = fetch(python_of(venv), Path(scratch), log)
         say(f"{source.name}: compiling with {jobs} jobs, output in {log}")
         command = [str(python_of(venv)), "-m", "pip", "install", "-v", str(source), "gguf"]
-        _run(command, log, {**os.environ, **build_environment(jobs)})
+        _run(command, log, {**os.environ, **build_environment(jobs, isa)})
     if not usable(venv):
         raise MimoError(f"the llama.cpp built in {venv} does not load", hint=f"see {log}")
     say(f"built in {time.monotonic() - start:.0f} s")
@@ -80,26 +83,27 @@ def require_tools(which: Callable[[str], str | None] = shutil.which) -> None:
         )
 
 
-def build_environment(jobs: int) -> dict[str, str]:
+def build_environment(jobs: int, isa: str = "native") -> dict[str, str]:
     """What pip's build reads."""
     return {
         "CC": "clang",
         "CXX": "clang++",
         "CMAKE_BUILD_PARALLEL_LEVEL": str(jobs),
-        "CMAKE_ARGS": " ".join(CMAKE_ARGS),
+        "CMAKE_ARGS": " ".join((*CMAKE_ARGS, *ISAS[isa])),
     }
 
 
 def fetch(python: Path, scratch: Path, log: Path) -> Path:
-    """The newest sources, unpacked below `scratch` and made fit to build."""
+    """The sources, unpacked below `scratch` and made fit to build."""
     command = [str(python), "-m", "pip", "download", "--no-deps", "--disable-pip-version-check"]
-    command += ["--no-binary", SOURCE, "--dest", str(scratch), SOURCE]
+    command += ["--no-binary", SOURCE, "--dest", str(scratch), f"{SOURCE}=={VERSION}"]
     try:
         _run(command, log)
         archive = next(scratch.glob("*.tar.gz"))
     except (MimoError, StopIteration) as error:
         raise DownloadError(
-            f"{SOURCE} cannot be fetched: {error}", hint=f"go online and try again; see {log}"
+            f"{SOURCE} {VERSION} cannot be fetched: {error}",
+            hint=f"go online and try again; see {log}",
         ) from error
     with tarfile.open(archive) as tar:
         tar.extractall(scratch, filter="data")

@@ -17,10 +17,16 @@ OURS, THEIRS = "mimo", "llama.cpp"
 START = 16
 """Ids in the cache before decode at depth 0."""
 VERIFY_REPEATS = 4
+MOST_OTHERS = 0.06
+"""Share of the machine other processes may take during a sample: beyond, it is taken again."""
+RETAKES = 2
+"""Times the rounds, at most."""
 
 
 class Asked(Protocol):
     """What the measuring half needs of a `Worker`."""
+
+    others: float
 
     def ask(self, op: str, n: int = 1, **more: object) -> Mapping[str, Any]:
         """One request."""
@@ -54,6 +60,8 @@ class Row:
     case: Case
     threads: int
     samples: dict[str, list[float]]
+    others: float = 0.0
+    """The most that other processes took of the machine during a sample, 0..1."""
 
     def ms(self, name: str) -> float:
         """Median time of a step of `name`."""
@@ -69,6 +77,7 @@ class Row:
 
     def to_dict(self) -> dict[str, Any]:
         found: dict[str, Any] = {"test": self.case.name, "threads": self.threads, "engines": {}}
+        found["others"] = self.others
         for name, samples in self.samples.items():
             found["engines"][name] = {
                 "ms": round(self.ms(name), 3),
@@ -102,19 +111,20 @@ def context_for(cases: Sequence[Case], rounds: int) -> int:
     longest = 0
     for case in cases:
         steps = case.n * VERIFY_REPEATS if case.kind == "v" else case.n
-        grown = START + (1 + rounds) * (steps + 1) if case.kind != "pp" else case.n
+        grown = START + (1 + rounds * (1 + RETAKES)) * (steps + 1) if case.kind != "pp" else case.n
         longest = max(longest, case.depth + grown)
     return -(-longest // 256) * 256
 
 
-def sample(worker: Asked, case: Case, outputs: str) -> float:
-    """Milliseconds of one prompt, one token (median of a burst) or one verified batch."""
+def sample(worker: Asked, case: Case, outputs: str) -> tuple[float, float]:
+    """Milliseconds of one prompt, one token (median of a burst) or one verified batch; others."""
     if case.kind == "pp":
-        return worker.ms("prefill", case.n, outputs=outputs)[0]
+        return worker.ms("prefill", case.n, outputs=outputs)[0], worker.others
     if case.kind == "tg":
-        return statistics.median(worker.ms("decode", case.n + 1)[1:])
-    times = [worker.ms("verify", case.n)[0] for _ in range(VERIFY_REPEATS)]
-    return statistics.median(times)
+        return statistics.median(worker.ms("decode", case.n + 1)[1:]), worker.others
+    both = [(worker.ms("verify", case.n)[0], worker.others) for _ in range(VERIFY_REPEATS)]
+    times, others = zip(*both, strict=True)
+    return statistics.median(times), statistics.median(others)
 
 
 def order(names: Sequence[str], round_: int) -> list[str]:
@@ -125,17 +135,28 @@ def order(names: Sequence[str], round_: int) -> list[str]:
 def measure(
     workers: Mapping[str, Asked], case: Case, *, threads: int, rounds: int, outputs: str = "last"
 ) -> Row:
-    """`rounds` samples of every engine in turn, after one that is not counted."""
+    """`rounds` samples of every engine in turn, after one that is not counted.
+
+    A round during which other processes were at work is taken again, `RETAKES` times on average.
+    """
     for worker in workers.values():
         worker.ask("threads", threads)
         if case.kind != "pp":
             worker.ask("fill", max(START, case.depth), chunk=512)
         sample(worker, case, outputs)
-    samples: dict[str, list[float]] = {name: [] for name in workers}
-    for round_ in range(rounds):
-        for name in order(list(workers), round_):
-            samples[name].append(sample(workers[name], case, outputs))
-    return Row(case, threads, samples)
+    every: list[dict[str, tuple[float, float]]] = []
+    quiet: list[dict[str, tuple[float, float]]] = []
+    while len(quiet) < rounds and len(every) < rounds * (1 + RETAKES):
+        names = order(list(workers), len(every))
+        every.append({name: sample(workers[name], case, outputs) for name in names})
+        quiet = [one for one in every if _disturbed(one) <= MOST_OTHERS]
+    kept = quiet if len(quiet) == rounds else sorted(every, key=_disturbed)[:rounds]
+    samples = {name: [one[name][0] for one in kept] for name in workers}
+    return Row(case, threads, samples, max(_disturbed(one) for one in kept))
+
+
+def _disturbed(taken: Mapping[str, tuple[float, float]]) -> float:
+    return max(others for _, others in taken.values())
 
 
 def table_line(row: Row) -> str:
@@ -147,6 +168,8 @@ def table_line(row: Row) -> str:
     if ratios := row.ratios:
         middle = statistics.median(ratios)
         text += f"  ratio {middle:.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+    if row.others > MOST_OTHERS:
+        text += f"  DISTURBED: others took {row.others:.0%} of the machine"
     return text
 
 
@@ -161,3 +184,42 @@ def layer_cost(fewer: Sequence[Row], more: Sequence[Row], layers: int) -> list[d
             entry["ratio"] = round(cost[THEIRS] / cost[OURS], 3)
         found.append(entry)
     return found
+
+
+def depth_cost(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """What a token costs more far back than at the start: attention over the keys between.
+
+    Per test and thread count; from medians. Empty without a decode at depth 0.
+    """
+    start = {(row.case.n, row.threads): row for row in rows if row.case.kind == "tg"
+             and not row.case.depth}  # fmt: skip
+    found = []
+    for row in rows:
+        near = start.get((row.case.n, row.threads))
+        if row.case.kind == "tg" and row.case.depth and near is not None:
+            found += layer_cost([near], [row], 1)
+            found[-1]["test"] = row.case.name
+    return found
+
+
+_NAMES = ("layers", "demo", "experts", "format")
+
+
+def best_of(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Per slice, test and thread count llama.cpp's fastest format, beside ours of that run."""
+    best: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for run in runs:
+        for row in run["rows"]:
+            if not row.ratios:
+                continue
+            key = (run.get("layers"), run.get("demo"), row.case.name, row.threads)
+            ms = row.ms(THEIRS)
+            if key not in best or ms < best[key]["ms"][THEIRS]:
+                best[key] = {
+                    **{name: run[name] for name in _NAMES if name in run},
+                    "test": row.case.name,
+                    "threads": row.threads,
+                    "ms": {name: round(row.ms(name), 3) for name in (THEIRS, OURS)},
+                    "ratio": round(statistics.median(row.ratios), 3),
+                }
+    return list(best.values())

@@ -4,19 +4,22 @@
     python bench/vs_llamacpp.py --layers 2,3 --experts q4_0,mxfp4 -p 128,512 -n 16 --verify 2,4
     python bench/vs_llamacpp.py --layers 2 --depth 8192      # what attention costs far back
     python bench/vs_llamacpp.py --demo                       # demo model against its original
+    python bench/vs_llamacpp.py --all                        # all of it: an hour, 16 GB of memory
 
 Each engine holds its model in a process of its own; the two are asked in turn, A B, B A, ..., the
 other one stopped meanwhile, and what is reported is the median of the ratios of neighbours
 (llama.cpp's time / ours: above 1 we are faster), with the smallest and the largest. The first token
-of a burst is not counted. llama.cpp is built from the package registry into its own virtual
-environment on the first run (7 minutes on two cores) and kept; slices (2 to 8 GB) are deleted
-unless --keep. The last stdout line is one JSON document.
+of a burst is not counted. Weights of both lie in memory of their own, where the system cannot take
+them away. `--isa avx2` holds both to AVX2. llama.cpp is built from the package registry into its
+own virtual environment on the first run (7 minutes on two cores) and kept; slices (4 GB a mixture
+layer) are deleted unless --keep. The last stdout line is one JSON document.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -34,9 +37,19 @@ for folder in (BENCH, BENCH.parent):
 import llamacpp_build  # noqa: E402
 from engine_worker import Worker  # noqa: E402
 from llamacpp_slice import EXPERT_TYPES  # noqa: E402
-from paired import OURS, THEIRS, context_for, layer_cost, measure, plan_cases, table_line  # noqa: E402
+from paired import (  # noqa: E402
+    OURS,
+    THEIRS,
+    best_of,
+    context_for,
+    depth_cost,
+    layer_cost,
+    measure,
+    plan_cases,
+    table_line,
+)
 
-from mimo_local import hardware  # noqa: E402
+from mimo_local import hardware, kernels  # noqa: E402
 from mimo_local.errors import MimoError  # noqa: E402
 from mimo_local.settings import Paths  # noqa: E402
 
@@ -53,7 +66,7 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        self.python = llamacpp_build.ensure(args.venv, jobs=args.jobs, say=say)
+        self.python = llamacpp_build.ensure(args.venv, jobs=args.jobs, say=say, isa=args.isa)
         self.slices: Path = args.slices
         self.cases = plan_cases(args.prompts, args.generate, args.verify, args.depths)
         self.context = context_for(self.cases, args.reps)
@@ -77,14 +90,23 @@ class Bench:
                     print(table_line(row), flush=True)
                     rows.append(row)
             engines = {name: worker.info for name, worker in workers.items()}
-        return {"engines": engines, "outputs": outputs, "rows": rows}
+        found = {"engines": engines, "outputs": outputs, "rows": rows}
+        if costs := depth_cost(rows):
+            found["depth_cost"] = costs
+            print_costs("far back", costs)
+        return found
 
     def _worker(self, name: str, command: Sequence[str]) -> Worker:
         size = ["--context", str(self.context), "--batch", str(self.batch)]
         size += ["--threads", str(max(self.args.threads))]
+        size += ["--no-mmap"] if name == THEIRS else []
         python = str(self.python) if name == THEIRS else sys.executable
         script = str(BENCH / "engine_worker.py")
-        return Worker(name, [python, script, *command, *size], self.slices / f"{name}.log")
+        worker = Worker(name, [python, script, *command, *size], self.slices / f"{name}.log")
+        if worker.info["isa"] == kernels.REFERENCE:
+            worker.close()
+            raise MimoError("our kernels are not there", hint=kernels.why_unavailable())
+        return worker
 
     @contextmanager
     def slice(self, layers: int, experts: str) -> Iterator[Path]:
@@ -110,6 +132,13 @@ class Bench:
                 path.unlink(missing_ok=True)
 
 
+def print_costs(what: str, costs: Sequence[dict[str, Any]]) -> None:
+    """Differences of two rows, for people."""
+    for cost in costs:
+        print(f"   {what}, {cost['test']}, {cost['threads']} thr: {cost['ms']} ms"
+              f" ratio {cost.get('ratio', '-')}", flush=True)  # fmt: skip
+
+
 def bench_slices(bench: Bench) -> list[dict[str, Any]]:
     """Every expert type with every number of layers, and what a layer costs by difference."""
     args, runs = bench.args, []
@@ -128,9 +157,7 @@ def bench_slices(bench: Bench) -> list[dict[str, Any]]:
         for one, two in pairwise(found):
             gap = two["layers"] - one["layers"]
             two["layer_cost"] = layer_cost(one["rows"], two["rows"], gap)
-            for cost in two["layer_cost"]:
-                print(f"   a layer, {cost['test']}, {cost['threads']} thr: {cost['ms']} ms"
-                      f" ratio {cost.get('ratio', '-')}", flush=True)  # fmt: skip
+            print_costs("a layer", two["layer_cost"])
         runs += found
     return runs
 
@@ -166,7 +193,9 @@ def document(args: argparse.Namespace, runs: Sequence[dict[str, Any]]) -> dict[s
         "command": " ".join(sys.argv[1:]),
         "cpu": hardware.cpu_info()[0],
         "cores": hardware.usable_cores(),
+        "isa": args.isa,
         "rounds": args.reps,
+        "best": best_of(runs),
         "runs": plain,
     }
 
@@ -212,7 +241,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     p.add_argument("--setup", action="store_true", help="build llama.cpp and stop")
     p.add_argument("--demo", action="store_true", help="the demo model instead of slices")
-    p.add_argument("--venv", type=Path, default=cache / "llamacpp", help="llama.cpp's environment")
+    p.add_argument("--all", action="store_true", help="every format, prompt and depth; the demo")
+    p.add_argument("--isa", choices=tuple(llamacpp_build.ISAS), default="native")
+    p.add_argument("--venv", type=Path, help="llama.cpp's environment")
     p.add_argument("--jobs", type=int, default=cores, help="compilers at a time")
     p.add_argument("--slices", type=Path, default=cache / "slices", help="folder of slices, logs")
     p.add_argument("--keep", action="store_true", help="keep the slices for the next run")
@@ -228,6 +259,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p.add_argument("-r", "--reps", type=int, default=5)
     p.add_argument("--only", choices=(OURS, THEIRS))
     args = p.parse_args(argv)
+    if args.all:
+        args.layers, args.experts = [2, 3], list(EXPERT_TYPES)
+        args.prompts, args.verify, args.depths = [128, 512, 2048], [4], [0, 8192]
+    folder = "llamacpp" if args.isa == "native" else f"llamacpp-{args.isa}"
+    args.venv = args.venv or cache / folder
     args.generate = args.generate or [64 if args.demo else 16]
     args.verify = args.verify or ([0] if args.demo else [2, 4])
     if args.reps < 1 or min(args.threads) < 1 or min(args.layers) < 2:
@@ -236,17 +272,29 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def demo_args(args: argparse.Namespace) -> argparse.Namespace:
+    """As given; after all the slices, what the demo's 8192 ids of context allow."""
+    if not args.all:
+        return args
+    return argparse.Namespace(**{**vars(args), "prompts": [128, 512], "generate": [64],
+                                 "verify": [4], "depths": [0]})  # fmt: skip
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
+    if args.isa != "native":
+        os.environ["MIMO_ISA"] = args.isa  # for the worker
     # As Ctrl-C does: through every `finally`, so that the slice and the workers go.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         args.slices.mkdir(parents=True, exist_ok=True)
         if args.setup:
-            say(f"ready: {llamacpp_build.ensure(args.venv, jobs=args.jobs, say=say)}")
+            python = llamacpp_build.ensure(args.venv, jobs=args.jobs, say=say, isa=args.isa)
+            say(f"ready: {python}")
             return 0
-        bench = Bench(args)
-        runs = bench_demo(bench) if args.demo else bench_slices(bench)
+        runs = [] if args.demo else bench_slices(Bench(args))
+        if args.demo or args.all:
+            runs += bench_demo(Bench(demo_args(args)))
     except MimoError as error:
         say(f"error: {error.message}\nhint: {error.hint}")
         return int(error.exit_code)

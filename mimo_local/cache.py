@@ -11,7 +11,7 @@ from __future__ import annotations
 import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 
@@ -35,9 +35,19 @@ class View(NamedTuple):
     first_position: int
 
 
+Place: TypeAlias = tuple[int, int, int]
+"""Addresses of keys and of values, position of their row 0."""
+
+
 class _Store:
     k: torch.Tensor
     v: torch.Tensor
+    where: tuple[int, int]
+    """Addresses of row 0 of both."""
+
+    def _hold(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        self.k, self.v = k, v
+        self.where = (k.data_ptr(), v.data_ptr())
 
     @property
     def nbytes(self) -> int:
@@ -57,8 +67,11 @@ class RingKV(_Store):
         """Rows before the first new one that the next query may see."""
         self.keep = self.need + slack
         shape = (self.keep + SPARE_ROWS, spec.kv_heads)
-        self.k = _empty((*shape, spec.head_dim), dtype, device)
-        self.v = _empty((*shape, spec.v_head_dim), dtype, device)
+        self.capacity = shape[0]
+        self._hold(
+            _empty((*shape, spec.head_dim), dtype, device),
+            _empty((*shape, spec.v_head_dim), dtype, device),
+        )
         self.first = 0
         """Position of row 0; every row from there to the cache's length is valid."""
         self.pending: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -87,6 +100,13 @@ class RingKV(_Store):
         fresh = end + n_new - max(start, length)
         self.pending = (k[-fresh:], v[-fresh:])
         return View(k, v, start)
+
+    def place(self, length: int, n_new: int) -> Place:
+        """As `room` for up to SPARE_ROWS new rows, without views."""
+        self.pending = None
+        if length - self.first + n_new > self.capacity:
+            self._shift(max(self.first, length - self.keep), length)
+        return (*self.where, self.first)
 
     def settle(self) -> None:
         """Of the rows written into `room` for a long step, keep only those `advance` will need."""
@@ -141,8 +161,17 @@ class FullKV(_Store):
     kind = "full"
 
     def __init__(self, spec: LayerSpec, capacity: int, dtype: torch.dtype, device: torch.device):
-        self.k = _empty((capacity, spec.kv_heads, spec.head_dim), dtype, device)
-        self.v = _empty((capacity, spec.kv_heads, spec.v_head_dim), dtype, device)
+        self.capacity = capacity
+        self._hold(
+            _empty((capacity, spec.kv_heads, spec.head_dim), dtype, device),
+            _empty((capacity, spec.kv_heads, spec.v_head_dim), dtype, device),
+        )
+
+    def place(self, length: int, n_new: int) -> Place:
+        """As `room`, without views."""
+        if length + n_new > self.capacity:
+            self._grow(length, length + n_new)
+        return (*self.where, 0)
 
     def room(self, length: int, n_new: int, at: int = 0) -> View:
         """All rows, `at` uncommitted ones, and n_new more, which are still to be written."""
@@ -158,12 +187,13 @@ class FullKV(_Store):
         """Nothing to do: rows below the cache's length count."""
 
     def _grow(self, length: int, end: int) -> None:
-        capacity = max(end, self.k.shape[0] * 3 // 2, 64)
-        for name in ("k", "v"):
-            old: torch.Tensor = getattr(self, name)
-            new = _empty((capacity, *old.shape[1:]), old.dtype, old.device)
-            new[:length] = old[:length]
-            setattr(self, name, new)
+        capacity = max(end, self.capacity * 3 // 2, 64)
+        k, v = (
+            _empty((capacity, *old.shape[1:]), old.dtype, old.device) for old in (self.k, self.v)
+        )
+        k[:length], v[:length] = self.k[:length], self.v[:length]
+        self.capacity = capacity
+        self._hold(k, v)
 
     def reaches(self, n: int) -> bool:
         """Always: nothing is ever dropped."""
@@ -248,6 +278,13 @@ class KVCache:
         Once they are, `settle(layer)`: only the next piece or `advance` is left to do.
         """
         return self.layers[layer].room(self.length, n, at)
+
+    def places(self, n: int) -> list[Place]:
+        """`room` of every layer for a step of n <= SPARE_ROWS rows; nothing is left to settle.
+
+        Numbers, because two views take as long as half a layer of a small model.
+        """
+        return [layer.place(self.length, n) for layer in self.layers]
 
     def reserve(self, n: int) -> None:
         """Have room for n more rows in full layers: they grow once, not piece by piece."""

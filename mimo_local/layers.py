@@ -60,12 +60,16 @@ class Step:
         """The next `counts` rows of these caches."""
         spans = [(cache.length + at, n) for cache, n in zip(caches, counts, strict=True)]
         rope = {kind: table.rows(spans) for kind, table in ropes.items()}
-        # The library serves this machine's memory and one dtype of keys and values.
-        native = kernels.get() is not None and device.type == "cpu"
-        native = native and len({cache.dtype for cache in caches}) == 1
-        native = native and caches[0].dtype in KV_DTYPES
-        sequences = sequences_of(caches, counts, at) if native else None
+        sequences = sequences_of(caches, counts, at) if served(caches, device) else None
         return cls(caches, counts, rope, sequences, at)
+
+
+def served(caches: list[KVCache], device: torch.device) -> bool:
+    """Whether the library serves them: this machine's memory, one dtype of keys and values."""
+    if kernels.get() is None or device.type != "cpu":
+        return False
+    dtype = caches[0].dtype
+    return dtype in KV_DTYPES and all(cache.dtype == dtype for cache in caches)
 
 
 class Attention:
@@ -246,6 +250,11 @@ class Layer:
         delta = torch.empty_like(x)
         self._native_mix(x, delta)
         return delta
+
+    @property
+    def native_halves(self) -> tuple[NativeAttention, NativeMixture]:
+        """The calls of a layer whose experts are resident."""
+        return self._native_attention, self._native_mlp
 
     def _native_mix(self, x: torch.Tensor, delta: torch.Tensor | None) -> None:
         part = self.mlp

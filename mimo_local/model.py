@@ -13,12 +13,13 @@ from dataclasses import dataclass
 
 import torch
 
-from mimo_local import ops, prefill
+from mimo_local import kernels, ops, prefill
+from mimo_local.blocks import NativeLayers
 from mimo_local.cache import KVCache
 from mimo_local.errors import CancelledError, ContextOverflowError, UsageError
 from mimo_local.events import Progress
 from mimo_local.experts.store import Store
-from mimo_local.layers import Layer, MoE, Step, Trace
+from mimo_local.layers import Layer, MoE, Step, Trace, served
 from mimo_local.prefill import Cancel
 from mimo_local.weights import OnProgress, QuantLinear, Weights
 
@@ -61,12 +62,14 @@ class Model:
             if on_progress is not None:
                 on_progress(Progress("loading layers", len(self.layers), config.n_layers, "layers"))
         mixtures = [layer for layer in self.layers if isinstance(layer.mlp, MoE)]
+        self._mixtures = [layer.moe.layer for layer in mixtures]
         for layer, following in itertools.pairwise(mixtures):
             layer.following = following
         self.norm = weights.tensor("model.norm.weight")
         self.head: QuantLinear = (
             self.embedding.linear if config.tie_embeddings else weights.linear("lm_head.weight")
         )
+        self._calls: dict[torch.dtype, NativeLayers] = {}
         self.ropes = {
             spec.attention: ops.RopeTable(spec.rope_theta, spec.rotary_dim)
             for spec in config.layers
@@ -100,8 +103,22 @@ class Model:
         ids = self._check(segments)
         counts = [segment.ids.shape[0] for segment in segments]
         caches = [segment.cache for segment in segments]
-        step = Step.of(caches, counts, self.ropes, self.norm.device)
         x = self.embedding.rows(ids)
+        if trace is None and cancel is None and self._at_once(caches, counts):
+            self._native_layers(caches[0].dtype)(x, caches, counts, self.ropes)
+        else:
+            x = self._one_by_one(x, Step.of(caches, counts, self.ropes, x.device), trace, cancel)
+        x = self._normed(x)
+        if trace is not None:
+            trace("norm", x)
+        for cache, n in zip(caches, counts, strict=True):
+            cache.advance(n)
+        return x
+
+    def _one_by_one(
+        self, x: torch.Tensor, step: Step, trace: Trace | None, cancel: Cancel | None
+    ) -> torch.Tensor:
+        """x (T, D) through all layers, in place."""
         if trace is not None:
             trace("embedding", x.clone())
         for layer in self.layers:
@@ -110,11 +127,29 @@ class Model:
                     "stopped while reading the prompt", hint="what was read so far is kept"
                 )
             x = layer(x, step, trace)
-        x = ops.rms_norm(x, self.norm, self.config.rms_eps)
-        if trace is not None:
-            trace("norm", x)
-        for cache, n in zip(step.caches, counts, strict=True):
-            cache.advance(n)
+        return x
+
+    def _at_once(self, caches: list[KVCache], counts: list[int]) -> bool:
+        """Whether all layers can be one native call: few rows, every expert in RAM for good."""
+        if sum(counts) > ops.EXACT_ROWS or not served(caches, self.norm.device):
+            return False
+        resident = self.experts.resident
+        return all(resident(layer) for layer in self._mixtures)
+
+    def _native_layers(self, dtype: torch.dtype) -> NativeLayers:
+        """The call for caches of this dtype, built when a step first needs it."""
+        if dtype not in self._calls:
+            halves = [layer.native_halves for layer in self.layers]
+            self._calls[dtype] = NativeLayers(kernels.loaded(), halves, dtype)
+        return self._calls[dtype]
+
+    def _normed(self, x: torch.Tensor) -> torch.Tensor:
+        """x (T, D) -> its final norm (T, D), perhaps in place; torch takes 70 us for one row."""
+        native = kernels.get()
+        if native is None or x.device.type != "cpu":
+            return ops.rms_norm(x, self.norm, self.config.rms_eps)
+        (n, d), at = x.shape, x.data_ptr()
+        native.call("rms_norm", at, d, n, d, self.norm.data_ptr(), self.config.rms_eps, at, d)
         return x
 
     def _check(self, segments: Sequence[Segment]) -> torch.Tensor:
@@ -124,9 +159,10 @@ class Model:
         if len({id(segment.cache) for segment in segments}) != len(segments):
             raise UsageError("two segments share one cache", hint="join them into one segment")
         ids = segments[0].ids if len(segments) == 1 else torch.cat([s.ids for s in segments])
-        low, high = torch.aminmax(ids)
-        if int(low) < 0 or int(high) >= self.config.vocab_size:
-            wrong = int(low) if int(low) < 0 else int(high)
+        few = ids.tolist() if len(ids) <= ops.EXACT_ROWS else [int(i) for i in torch.aminmax(ids)]
+        low, high = min(few), max(few)
+        if low < 0 or high >= self.config.vocab_size:
+            wrong = low if low < 0 else high
             raise UsageError(
                 f"token id {wrong} is outside the vocabulary of {self.config.vocab_size}",
                 hint="use the tokenizer that belongs to this model",
@@ -165,7 +201,7 @@ class Model:
                 self.layers, self.embedding, self.ropes, segment.cache, how,
                 on_progress=on_progress, cancel=cancel,
             )  # fmt: skip
-            return ops.rms_norm(reader.read(ids), self.norm, self.config.rms_eps)
+            return self._normed(reader.read(ids))
         if segment.positions.stop > self.config.max_context:
             self._check([segment])
         hidden = None

@@ -66,6 +66,7 @@ class RopeTable:
         exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=device) / rotary_dim
         self.frequencies = 1.0 / theta**exponents
         self.cos = self.sin = self.frequencies.new_empty((0, 1, rotary_dim))
+        self._where = (0, 0)
 
     def grow(self, n: int) -> None:
         """Make positions 0 .. n-1 available."""
@@ -79,6 +80,13 @@ class RopeTable:
             cos, sin = angles.cos(), angles.sin()
             self.cos = torch.cat((cos, cos), -1)[:, None]
             self.sin = torch.cat((-sin, sin), -1)[:, None]
+        self._where = (self.cos.data_ptr(), self.sin.data_ptr())
+
+    def place(self, start: int, n: int) -> tuple[int, int]:
+        """Addresses of `rows` of one sequence, good until the table grows."""
+        self.grow(start + n)
+        at = 4 * start * self.cos.shape[-1]
+        return self._where[0] + at, self._where[1] + at
 
     def rows(self, spans: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """(first position, count) per sequence -> cos, sin (T, 1, rotary_dim), T = all counts.

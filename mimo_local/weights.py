@@ -90,7 +90,7 @@ class Embedding:
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """Ids (T,) int64 -> (T, D) f32; only those rows are unpacked."""
-        parts = {name: part[ids] for name, part in self.linear.parts.items()}
+        parts = {name: part.index_select(0, ids) for name, part in self.linear.parts.items()}
         return self.linear.format.unpack(parts)
 
 

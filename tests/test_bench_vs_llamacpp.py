@@ -204,6 +204,8 @@ class FakeWorker:
 
     def __init__(self, name: str, ms: float, log: list[tuple[str, str, int]]) -> None:
         self.name, self.step, self.log, self.calls = name, ms, log, 0
+        self.disturbed: set[int] = set()
+        self.others = 0.0
 
     def ask(self, op: str, n: int = 1, **more: object) -> Mapping[str, Any]:
         self.log.append((self.name, op, n))
@@ -212,6 +214,7 @@ class FakeWorker:
     def ms(self, op: str, n: int = 1, **more: object) -> list[float]:
         self.ask(op, n)
         self.calls += 1
+        self.others = 0.5 if self.calls in self.disturbed else 0.01
         value = self.step * self.calls
         return [1e6, *[value] * (n - 1)] if op == "decode" else [value]
 
@@ -226,6 +229,31 @@ def test_engines_are_asked_in_turn_and_the_order_alternates() -> None:
     assert row.ratios == pytest.approx([3.0] * 4)  # pairs: the drift cancels
     assert row.to_dict()["ratio"] == {"median": 3.0, "min": 3.0, "max": 3.0}
     assert ("A", "threads", 2) in log and not [x for x in log if x[1] == "fill"]
+
+
+def test_a_disturbed_round_is_taken_again_and_what_cannot_be_is_told() -> None:
+    log: list[tuple[str, str, int]] = []
+    theirs, ours = FakeWorker("B", 30.0, log), FakeWorker("A", 10.0, log)
+    ours.disturbed = {3}  # the first call is the warm-up, so this is the second round
+    workers = {paired.THEIRS: theirs, paired.OURS: ours}
+    row = paired.measure(workers, paired.Case("pp", 8), threads=2, rounds=3)
+    assert row.samples[paired.OURS] == [20.0, 40.0, 50.0] and row.ratios == pytest.approx([3.0] * 3)
+    assert row.others == 0.01 and "DISTURBED" not in paired.table_line(row)
+    theirs.disturbed = set(range(100))
+    row = paired.measure(workers, paired.Case("pp", 8), threads=2, rounds=2)
+    assert len(row.ratios) == 2 and row.to_dict()["others"] == 0.5
+    assert "DISTURBED: others took 50%" in paired.table_line(row)
+
+
+def test_what_others_take_is_noticed() -> None:
+    if not Path("/proc/stat").is_file():
+        pytest.skip("without /proc nothing is known of others")
+    others = engine_worker.Others()
+    child = subprocess.run(
+        [sys.executable, "-c", "import time; t = time.process_time\nwhile t() < 0.4: pass"],
+        check=True,
+    )
+    assert child.returncode == 0 and others.share() > 0.0
 
 
 def test_decode_starts_at_its_depth_and_leaves_out_the_first_token() -> None:
@@ -258,6 +286,33 @@ def test_a_layer_costs_the_difference_of_two_slices() -> None:
     assert cost["ms"] == {paired.THEIRS: 100.0, paired.OURS: 25.0} and cost["ratio"] == 4.0
     (nothing,) = paired.layer_cost(four, two, 1)  # noise larger than the layer: no ratio to tell
     assert "ratio" not in nothing
+
+
+def test_far_back_costs_the_difference_of_two_depths() -> None:
+    near = paired.Row(
+        paired.Case("tg", 8), 2, {paired.THEIRS: [20.0, 22.0], paired.OURS: [10.0, 10.0]}
+    )
+    far = paired.Row(
+        paired.Case("tg", 8, 8192), 2, {paired.THEIRS: [27.0, 27.0], paired.OURS: [12.0, 12.0]}
+    )
+    prompt = paired.Row(paired.Case("pp", 8), 2, {paired.OURS: [1.0]})
+    (cost,) = paired.depth_cost([prompt, near, far])
+    assert cost["test"] == "tg8 @ d8192"
+    assert cost["ms"] == {paired.THEIRS: 6.0, paired.OURS: 2.0} and cost["ratio"] == 3.0
+    assert paired.depth_cost([far]) == []
+
+
+def test_the_best_of_their_formats_is_the_one_to_beat() -> None:
+    def run(experts: str, theirs: float) -> dict[str, Any]:
+        row = paired.Row(
+            paired.Case("tg", 16), 2, {paired.THEIRS: [theirs, theirs], paired.OURS: [10.0, 12.0]}
+        )
+        return {"layers": 2, "experts": experts, "format": "nf4", "rows": [row]}
+
+    (best,) = paired.best_of([run("q4_0", 33.0), run("mxfp4", 22.0), run("q4_k", 44.0)])
+    assert (best["experts"], best["test"], best["threads"]) == ("mxfp4", "tg16", 2)
+    assert best["ms"] == {paired.THEIRS: 22.0, paired.OURS: 11.0}
+    assert best["ratio"] == pytest.approx(2.017, abs=1e-3)
 
 
 @given(
@@ -387,6 +442,8 @@ def test_the_build_is_clangs_and_native() -> None:
     env = llamacpp_build.build_environment(3)
     assert (env["CC"], env["CXX"], env["CMAKE_BUILD_PARALLEL_LEVEL"]) == ("clang", "clang++", "3")
     assert "-DGGML_NATIVE=ON" in env["CMAKE_ARGS"].split()
+    lower = llamacpp_build.build_environment(3, "avx2")["CMAKE_ARGS"].split()
+    assert "-DGGML_AVX512=OFF" in lower and "-DGGML_NATIVE=ON" not in lower
 
 
 def test_an_empty_environment_is_not_taken_for_llama_cpp(tmp_path: Path) -> None:
@@ -402,6 +459,11 @@ def test_arguments() -> None:
     assert (args.threads, args.generate, args.verify, args.depths) == ([1, 2], [16], [2, 4], [0])
     demo = vs.parse(["--demo"])
     assert (demo.prompts, demo.generate, demo.verify) == ([128, 512], [64], [0])
+    everything = vs.parse(["--all", "--isa", "avx2"])
+    assert everything.layers == [2, 3] and set(everything.experts) == set(vs.EXPERT_TYPES)
+    assert (everything.prompts, everything.depths) == ([128, 512, 2048], [0, 8192])
+    assert everything.venv.name == "llamacpp-avx2" and args.venv.name == "llamacpp"
+    assert vs.demo_args(everything).depths == [0] and vs.demo_args(demo) is demo
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import tiny
 import torch
 
 from mimo_local import kernels, ops
+from mimo_local.cache import KVCache
 from mimo_local.errors import NativeError
 from mimo_local.experts.store import ExpertStore
 from mimo_local.model import Model, Segment
@@ -89,6 +90,71 @@ def test_native_layers_equal_torch_layers(
             skip = max(first, first_too)
             assert relative(k[skip - first :].float(), k_too[skip - first_too :].float()) < 5e-3
             assert relative(v[skip - first :].float(), v_too[skip - first_too :].float()) < 5e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("counts", [[1], [4], [8], [1, 1], [3, 1, 4]])
+def test_all_layers_in_one_call_are_one_after_the_other_bit_for_bit(
+    model: Model, counts: list[int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long enough for the rings (window 6, 32 rows to spare) to shift and the full layers to grow.
+
+    The second sequence starts from nothing.
+    """
+
+    def run() -> tuple[list[torch.Tensor], list[KVCache]]:
+        caches = [model.new_cache(dtype=dtype) for _ in counts]
+        for i, cache in enumerate(caches):
+            if i != 1:
+                model.forward([Segment(ids_for(model, 20 + i, seed=i), cache)])
+        steps = []
+        for step in range(60):
+            ids = [ids_for(model, n, seed=100 * step + i) for i, n in enumerate(counts)]
+            steps.append(model.forward([Segment(*pair) for pair in zip(ids, caches, strict=True)]))
+        return steps, caches
+
+    calls: list[str] = []
+    call = kernels.Kernels.call
+
+    def counted(self: kernels.Kernels, name: str, *arguments: object) -> None:
+        calls.append(name)
+        call(self, name, *arguments)
+
+    monkeypatch.setattr(kernels.Kernels, "call", counted)
+    found, caches = run()
+    alone = calls.count("mixture")  # the prompts'
+    assert calls.count("layers") == 60 and alone < 60
+    monkeypatch.setattr(Model, "_at_once", lambda *_: False)
+    wanted, others = run()
+    assert calls.count("layers") == 60 and calls.count("mixture") > 60 * len(model.layers)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    for cache, other in zip(caches, others, strict=True):
+        for one, two in zip(cache.layers, other.layers, strict=True):
+            first, *rows = one.rows(cache.length)
+            assert first == two.rows(other.length)[0]
+            for mine, theirs in zip(rows, two.rows(other.length)[1:], strict=True):
+                assert torch.equal(mine, theirs)
+
+
+def test_a_failing_call_of_all_layers_leaves_the_cache_as_it_was(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, twin = model.new_cache(), model.new_cache()
+    for one in (cache, twin):
+        model.forward([Segment(ids_for(model, 40), one)])
+    call = kernels.Kernels.call
+
+    def failing(self: kernels.Kernels, name: str, *arguments: object) -> None:
+        call(self, name, *arguments)
+        if name == "layers":
+            raise NativeError("power failure", hint="")
+
+    with monkeypatch.context() as patch, pytest.raises(NativeError, match="power failure"):
+        patch.setattr(kernels.Kernels, "call", failing)
+        model.forward([Segment(ids_for(model, 3, seed=1), cache)])
+    assert cache.length == 40
+    ids = ids_for(model, 5, seed=2)
+    assert torch.equal(model.forward([Segment(ids, cache)]), model.forward([Segment(ids, twin)]))
 
 
 @pytest.mark.parametrize("fmt", ["nf4", "int8", "bf16"])

@@ -106,16 +106,36 @@ def test_any_history_shows_the_rows_a_list_would(
                 n = max(0, top - slack, cache.length - dice.randint(0, slack))
                 cache.truncate(min(n, cache.length))
             case "snap":
-                snapshots.append(cache.snapshot())
+                snapshots.append((cache.snapshot(), top))
             case "restore" if snapshots:
-                snapshot = dice.choice(snapshots)
+                snapshot, highest = dice.choice(snapshots)
                 if snapshot.stale:
                     with pytest.raises(UsageError, match="snapshot at"):
                         cache.restore(snapshot)
                 else:
                     cache.restore(snapshot)
-                    top = cache.length
+                    top = highest  # its rings hold what was left after going back from there
         top = max(top, cache.length)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**9), st.integers(1, 40), st.integers(0, 6))
+def test_places_are_the_rooms_views_as_numbers(seed: int, window: int, slack: int) -> None:
+    dice, facts = random.Random(seed), config(window)
+    one, other = (KVCache(facts, slack=slack) for _ in range(2))
+    for _ in range(30):
+        n = dice.choice([1, 1, 1, 4, 8, SPARE_ROWS])
+        for layer in range(len(one.layers)):  # a step that is given up, perhaps a long one
+            lost = n + dice.choice([0, 60])
+            one.room(layer, lost)
+            other.room(layer, lost)
+        for layer, (k, v, first) in enumerate(one.places(n)):
+            view, store = other.room(layer, n), one.layers[layer]
+            assert (k, v) == (store.k.data_ptr(), store.v.data_ptr())
+            assert first == view.first_position and one.length - first + n <= store.k.shape[0]
+            other.settle(layer)
+        for cache in (one, other):
+            cache.advance(n)
 
 
 @pytest.mark.parametrize("slack", [0, 4])

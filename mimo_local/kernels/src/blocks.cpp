@@ -1,5 +1,5 @@
-// Half a layer per call: what the model does between two residual additions, without a way back to the caller.
-// Baseline code only.
+// Half a layer per call, or many layers: what the model does between two residual additions, without a way back to the
+// caller. Baseline code only.
 #include <algorithm>
 #include <cstdint>
 #include <new>
@@ -205,6 +205,24 @@ int32_t mimo_mixture(const mimo_table *table, const mimo_mlp_block *block, float
   } catch (...) {
     return MIMO_E_INTERNAL;
   }
+}
+
+int32_t mimo_layers(const mimo_table *table, const mimo_layer *layers, int64_t n_layers, float *x, int64_t T,
+                    const mimo_rope *ropes, int64_t n_ropes, const mimo_kv *sequences,
+                    int64_t n_sequences) noexcept {
+  if (n_layers < 0 || n_ropes < 0 || n_sequences < 0) return MIMO_E_ARGUMENT;
+  if (n_layers == 0) return MIMO_OK;
+  if (layers == nullptr || ropes == nullptr || (n_sequences > 0 && sequences == nullptr)) return MIMO_E_ARGUMENT;
+  for (int64_t i = 0; i < n_layers; ++i) {
+    const mimo_layer &layer = layers[i];
+    if (layer.rope < 0 || layer.rope >= n_ropes) return MIMO_E_ARGUMENT;
+    const mimo_rope &rope = ropes[layer.rope];
+    std::int32_t status = mimo_attention(table, layer.attention, x, T, rope.cos, rope.sin, sequences + i * n_sequences,
+                                         n_sequences, nullptr);
+    if (status == MIMO_OK) status = mimo_mixture(table, layer.mlp, x, T, nullptr);
+    if (status != MIMO_OK) return status;
+  }
+  return MIMO_OK;
 }
 
 }  // extern "C"

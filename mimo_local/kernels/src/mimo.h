@@ -197,6 +197,25 @@ typedef struct mimo_mlp_block {
 MIMO_API int32_t mimo_mixture(const mimo_table *table, const mimo_mlp_block *block, float *x, int64_t T,
                               float *delta) MIMO_NOEXCEPT;
 
+/* One layer: an attention block, then a mixture or dense one. rope: which of the call's `ropes` its heads turn by. */
+typedef struct mimo_layer {
+  const mimo_attention_block *attention;
+  const mimo_mlp_block *mlp;
+  int64_t rope;
+} mimo_layer;
+
+typedef struct mimo_rope {
+  const float *cos; /* (T, rotary), as for mimo_attention */
+  const float *sin;
+} mimo_rope;
+
+/* mimo_attention and mimo_mixture of n_layers layers in turn, x (T, D) in place: what lies between two calls from an
+ * interpreter is longer than a small model's products. sequences (n_layers, n_sequences). On an error some layers are
+ * done already. */
+MIMO_API int32_t mimo_layers(const mimo_table *table, const mimo_layer *layers, int64_t n_layers, float *x, int64_t T,
+                             const mimo_rope *ropes, int64_t n_ropes, const mimo_kv *sequences,
+                             int64_t n_sequences) MIMO_NOEXCEPT;
+
 /* w (N, K) float32, contiguous -> codes and scales of a NF4, MXFP4 or INT8 matrix. search == 0: scale from the largest
  * magnitude. search != 0: of several scales around it the one with the least squared error, per block or row; never
  * worse than search == 0 but for the rounding of the following. A code is the one nearest to the weight after 4-bit
