@@ -41,7 +41,8 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     weights = open_weights(folder)
     model = Model(weights, ExpertStore(weights))
     return Loaded(
-        model, "tiny", "a tiny model", 200, SmallTokenizer(), model.new_cache, "none"  # type: ignore[arg-type]
+        model, "tiny", "a tiny model", 200, SmallTokenizer(), model.new_cache, "none",  # type: ignore[arg-type]
+        None, None,
     )  # fmt: skip
 
 
