@@ -103,6 +103,7 @@ def outliers(rows: int, cols: int, seed: int) -> torch.Tensor:
 WORDS = {"nf4": (7e-4, 3e-3), "mxfp4": (7e-4, 3e-3), "int8": (7e-4, 3e-3)}
 BYTES = {"nf4": (9e-3, 2e-2), "mxfp4": (7e-3, 2e-2), "int8": (7e-3, 2e-2)}
 TILES = {"nf4": (1.2e-2, 3e-2), "mxfp4": (1.4e-2, 3e-2), "int8": (8e-3, 3e-2)}
+ROW = 1.2
 PLAIN = {"bf16": (5e-7, 5e-7), "f32": (5e-7, 5e-7)}
 BOUNDS = {"scalar": WORDS | PLAIN, "avx2": WORDS | PLAIN, "avx_vnni": BYTES | PLAIN}
 BOUNDS |= {"avx512": BYTES | PLAIN, "amx": TILES | PLAIN}
@@ -116,8 +117,12 @@ def test_error_of_long_products(library: kernels.Kernels, name: str) -> None:
         for i, x in enumerate((normal(MANY, 4096, seed=1), outliers(MANY, 4096, seed=2))):
             expected = x.double() @ w.T
             y = matmul(library.with_isa(isa), name, x, parts)
+            bound = BOUNDS[isa][name][i]
             error = (y - expected).norm() / expected.norm()
-            assert error < BOUNDS[isa][name][i], (isa, error)
+            assert error < bound, (isa, error)
+            # No row may hide behind the others: the worst of 8-bit rows is a fifth above them all.
+            worst = ((y - expected).norm(dim=1) / expected.norm(dim=1)).max()
+            assert worst < ROW * bound, (isa, worst)
 
 
 @st.composite
