@@ -37,8 +37,6 @@ from quant.pack import Pack
 
 HERE = Path(__file__).resolve().parent
 VOCAB = 1024
-WARM = 24
-"""Tokens before the measured ones: caches fill, and every expert has been checked once."""
 
 
 @dataclass
@@ -66,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", default="2GiB,5GiB")
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--warm", type=int, default=24, help="tokens before the measured ones")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--only", choices=("mimo", "llama.cpp"))
@@ -107,7 +106,7 @@ def run(args: argparse.Namespace) -> list[Result]:
         for number in range(args.rounds):
             for name, command in engines.items():
                 say(f"round {number + 1} of {args.rounds}: {name} with {limit / 1e9:.2f} GB")
-                measure(results[name, limit], command, pack, args.tokens)
+                measure(results[name, limit], command, pack, args.warm, args.tokens)
     return list(results.values())
 
 
@@ -118,12 +117,15 @@ def ours(args: argparse.Namespace, pack: Path) -> list[str]:
 
 
 def theirs(args: argparse.Namespace, python: Path, gguf: Path) -> list[str]:
-    """The command of llama.cpp's; mmap is its default."""
-    return [str(python), str(HERE / "engine_worker.py"), "llamacpp", str(gguf),
+    """The command of llama.cpp's; mmap is its default.
+
+    Repacked weights would be memory of its own, more than the limit: the system kills it then.
+    """
+    return [str(python), str(HERE / "engine_worker.py"), "llamacpp", str(gguf), "--no-repack",
             "--threads", str(args.threads)]  # fmt: skip
 
 
-def measure(result: Result, command: list[str], pack: Path, tokens: int) -> None:
+def measure(result: Result, command: list[str], pack: Path, warm: int, tokens: int) -> None:
     """One engine once: loaded under the limit, warmed, timed."""
     log = Path(f"{pack}.{result.engine}.log")
     for path in pack.parent.glob("slice-*"):
@@ -131,7 +133,7 @@ def measure(result: Result, command: list[str], pack: Path, tokens: int) -> None
     with MemoryLimit(result.limit) as limit:
         with Worker(result.engine, limit.command(command), log) as worker:
             worker.ask("fill", 4)
-            worker.ms("decode", WARM)
+            worker.ms("decode", warm)
             before, sectors = worker.ask("meters", 1), sectors_read(pack)
             times = worker.ms("decode", tokens)
             after = worker.ask("meters", 1)

@@ -339,7 +339,7 @@ def open_llamacpp(args: argparse.Namespace) -> Engine:
     from llamacpp_engine import LlamaCpp
 
     size = {"context": args.context, "batch": args.batch, "threads": args.threads}
-    return LlamaCpp(args.gguf, **size, mmap=not args.no_mmap)
+    return LlamaCpp(args.gguf, **size, mmap=not args.no_mmap, repack=not args.no_repack)
 
 
 def die_with_parent() -> None:
@@ -358,6 +358,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         theirs, ours = kinds.add_parser("llamacpp"), kinds.add_parser("ours")
         theirs.add_argument("gguf", type=Path)
         theirs.add_argument("--no-mmap", action="store_true", help="weights in memory of its own")
+        theirs.add_argument("--no-repack", action="store_true", help="weights as the file has them")
         ours.add_argument("--pack", type=Path)
         ours.add_argument("--ram", help="most memory to use, like 2GB")
         ours.add_argument("--prefetch", choices=("auto", "on", "off"))

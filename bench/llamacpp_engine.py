@@ -21,14 +21,25 @@ class LlamaCpp:
     """llama.cpp by its C interface, with a thread pool of its own as llama-bench uses it."""
 
     def __init__(
-        self, path: Path, *, context: int, batch: int, threads: int, mmap: bool = True
+        self,
+        path: Path,
+        *,
+        context: int,
+        batch: int,
+        threads: int,
+        mmap: bool = True,
+        repack: bool = True,
     ) -> None:
-        """`mmap`: weights stay in the file's pages, which the system may take away meanwhile."""
+        """`mmap`: weights stay in the file's pages, which the system may take away meanwhile.
+
+        `repack`: formats with a faster layout for this CPU are copied into it while loading; such
+        a copy is memory that the system cannot take away.
+        """
         self.lib: Any = importlib.import_module("llama_cpp")
         start = time.perf_counter()
         self.lib.llama_backend_init()
         params = self.lib.llama_model_default_params()
-        params.use_mmap = mmap
+        params.use_mmap, params.use_extra_bufts = mmap, repack
         self.model = self.lib.llama_model_load_from_file(os.fsencode(path), params)
         if not self.model:
             raise UsageError(f"llama.cpp cannot load {path}", hint="see the lines above")
