@@ -28,9 +28,7 @@ class DraftCache:
         one = dataclasses.replace(
             config, layers=(dataclasses.replace(spec, index=0),), n_mtp_layers=0, mtp_layer=None
         )
-        self.rings = [
-            KVCache(one, dtype=dtype, slack=slack) for _ in range(config.n_mtp_layers)
-        ]
+        self.rings = [KVCache(one, dtype=dtype, slack=slack) for _ in range(config.n_mtp_layers)]
         self.keep = spec.window + slack
         """Hidden states that are always there, once they were: a window, after going back."""
         with torch.inference_mode(False):

@@ -75,9 +75,7 @@ def served(caches: list[KVCache], device: torch.device) -> bool:
 class Attention:
     """Grouped attention of one layer; queries, keys and values come from one product."""
 
-    def __init__(
-        self, weights: Weights, spec: LayerSpec, config: ModelConfig, prefix: str
-    ) -> None:
+    def __init__(self, weights: Weights, spec: LayerSpec, config: ModelConfig, prefix: str) -> None:
         """`prefix`: of the layer's tensors; `spec.index`: its number in the caches it is given."""
         prefix += "self_attn."
         self.spec = spec

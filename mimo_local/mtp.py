@@ -29,7 +29,7 @@ _HEAD_ROWS: Final = 4096  # of the head, repacked at once: 64 MB in float32 for 
 
 
 class Drafter:
-    """All MTP layers of a model. Constant after loading: what belongs to a sequence is passed in."""
+    """All MTP layers of a model. Constant after loading: a sequence's own is passed in."""
 
     def __init__(self, weights: Weights, model: Model, *, small_head: bool = True) -> None:
         """Read the layers `weights.config` says there are; embedding and head are the model's.
@@ -72,8 +72,8 @@ class Drafter:
             n = min(SPARE_ROWS, left - ops.EXACT_ROWS)
             layer.remember(self._rows(k, state, known, n), self._step(ring, n))
             ring.advance(n)
-        # Rows made with drafted ids are not kept: the next time other ids may stand there.
-        n, exact = end - ring.length, max(0, end - k - ring.length)
+        # Rows made with ids the cache does not hold yet are not kept: others may stand there then.
+        n, exact = end - ring.length, max(0, end - 1 - k - ring.length)
         hidden = layer.last(self._rows(k, state, known, n), self._step(ring, n))
         ring.advance(exact)
         return likeliest(self.head(hidden)[0])

@@ -188,6 +188,11 @@ class Plan:
         return self.placement.vram_experts * self.sizes.vram_slot
 
     @property
+    def drafts(self) -> bool:
+        """Whether the drafter lies in memory."""
+        return any("MTP drafter" in tier for tier in (self.placement.vram, self.placement.ram))
+
+    @property
     def spare_bytes(self) -> int:
         """RAM that is neither experts nor matrices: keys and values, activations, long prompts."""
         found = self.placement
