@@ -39,6 +39,8 @@ SURE: Final = 4
 """Passes after which a time is believed more than the one of a draft less."""
 WINDOW: Final = 24
 """Measurements an average goes over, about."""
+TRUST: Final = 5
+"""Drafts that the probability which an MTP layer gives counts for."""
 EDGES: Final = (0.05, 0.15, 0.3, 0.45, 0.6, 0.75, 0.87, 0.95)
 """Between these probabilities of a draft acceptance is counted together."""
 
@@ -88,7 +90,7 @@ class Acceptance:
     def chance(self, step: int, p: float) -> float:
         """That a draft is accepted if all before it are."""
         accepted, made = self._counts[step][bisect_right(EDGES, p)]
-        return min(1.0, (accepted + 3 * p) / (made + 3) * self._lately)
+        return min(1.0, (accepted + TRUST * p) / (made + TRUST) * self._lately)
 
     def add(self, step: int, p: float, *, accepted: bool) -> None:
         """A draft was judged."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from mimo_local.config import ModelConfig
-from mimo_local.plan.types import Budget, Placement, Problem, Row
+from mimo_local.plan.types import DRAFTER, Budget, Placement, Problem, Row
 from mimo_local.settings import Draft
 from mimo_local.sizes import GB, PackSizes, activation_bytes, gb, hidden_bytes, kv_bytes
 from quant.recipe import Recipe
@@ -20,8 +20,8 @@ PROGRAM = 500_000_000  # the interpreter with torch, before the model
 HIDDEN_SHARE = 8  # at most an eighth of the RAM left goes to hidden states
 DEFAULT_CONTEXT, SMALLEST_CONTEXT = 32_768, 2048
 CONTEXT_SHARE = 4  # at most a quarter of the RAM left goes unasked to keys and values
-KV, EMBEDDING, MTP = "KV cache", "embedding", "MTP drafter"
-DRAFT_HEAD = "4-bit head for drafts"
+KV, EMBEDDING = "KV cache", "embedding"
+MTP, DRAFT_HEAD = DRAFTER
 
 
 def reserve_of(budget: Budget) -> int:
