@@ -114,18 +114,20 @@ class DraftBench:
         self.on_progress = on_progress
         most = len(drafter.layers)
         self.depths = [Depth(name) for name in ("off", *map(str, range(1, most + 1)), AUTO)]
+        self.controller = DraftController(most)
         self.ids: list[list[int]] = []
         """What was answered, by prompt: the same at every depth, or `run` raises."""
 
     def run(self, rounds: int = 1) -> list[dict[str, Any]]:
         """Every prompt at every depth, `rounds` times; the first round starts with one for warmth.
 
-        The controller knows nothing at the start of each answer: the worst case for it.
+        One controller decides for all answers, as in an engine; at the first it knows nothing.
         """
         total = rounds * len(self.prompts) * len(self.depths)
         self._answer(self.prompts[0], self.depths[0])
         done, self.ids = 0, [[] for _ in self.prompts]
         self.depths = [Depth(depth.name) for depth in self.depths]
+        self.controller = DraftController(len(self.drafter.layers))
         for number in range(rounds):
             for i, prompt in enumerate(self.prompts):
                 order = self.depths[:: -1 if (number + i) % 2 else 1]
@@ -139,8 +141,10 @@ class DraftBench:
         return [depth.to_dict(self.depths[0]) for depth in self.depths]
 
     def _answer(self, prompt: Sequence[int], depth: Depth) -> list[int]:
-        fixed = None if depth.name == AUTO else 0 if depth.name == "off" else int(depth.name)
-        controller = DraftController(len(self.drafter.layers), fixed=fixed)
+        controller = self.controller
+        if depth.name != AUTO:
+            fixed = 0 if depth.name == "off" else int(depth.name)
+            controller = DraftController(len(self.drafter.layers), fixed=fixed)
         drafting = Drafting(self.drafter, controller)  # type: ignore[arg-type]
         meters, times, out = self.model.experts.meters, list[float](), list[int]()
         read = meters.disk_bytes

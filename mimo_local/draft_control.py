@@ -25,15 +25,15 @@ PROBING: Final = 0.01
 """Share of the time that may be lost on trying what is not known."""
 LOAN: Final = 1.5
 """Passes that may be lost before anything has been earned: trying costs that, once."""
-WARM: Final = 6
+WARM: Final = 4
 """Passes without drafts at the beginning: caches of all kinds are cold."""
 FRESH: Final = 256
-"""Tokens after which a time that was not measured again counts as unknown."""
+"""Tokens after which a time that was not measured again is not believed any more."""
 REST: Final = 24
 """Tokens between two trials at least."""
 TRIAL: Final = 2
 """Passes of a trial."""
-DOUBT: Final = 0.5
+DOUBT: Final = 0.25
 """Standard errors of a difference of times that are added to it."""
 SURE: Final = 4
 """Passes after which a time is believed more than the one of a draft less."""
@@ -57,6 +57,8 @@ class Mean:
 
     def add(self, value: float, now: int) -> None:
         """One more value, after `now` tokens."""
+        if now - self.seen_at > FRESH:
+            self.n = 0
         self.n = min(self.n + 1, WINDOW)
         if self.n > 3:  # one hiccup of the machine is no measurement
             value = min(value, self.mean + 4 * max(self._square, 1e-12) ** 0.5 + 0.25 * self.mean)
@@ -192,10 +194,13 @@ class DraftController:
         self._draft_s[step].add(took, self._tokens)
         chance = self._acceptance.chance(step, p)
         self._chances[step].append(chance)
-        if self._forced < 0 and self._chain * chance * self.token_s <= self._added(step):
-            self._chain = 0.0
-            return False
-        self._chain *= chance
+        chain = self._chain * chance
+        if self._forced < 0:
+            won = chain * self.token_s - self._added(step) + self._later(step + 1, chain)
+            if won <= 0:
+                self._chain = 0.0
+                return False
+        self._chain = chain
         self._drafts.append(p)
         return True
 
@@ -227,7 +232,8 @@ class DraftController:
         else:
             if self._forced >= 0:
                 self._credit -= max(0.0, seconds - tokens * self.token_s)
-            self._credit = min(self._credit + PROBING * seconds, LOAN * self._base)
+            most = LOAN * self._base
+            self._credit = min(max(self._credit, -2 * most) + PROBING * seconds, most)
         self._pass_s[n].add(self._took, self._tokens)
         self._tokens += tokens
         self._spent = 0.97 * self._spent + seconds
@@ -282,12 +288,33 @@ class DraftController:
 
     def _promise(self, step: int, chain: float) -> float:
         """Seconds won by making draft `step`, as far as drafts like the last ones tell."""
-        lately = next((c for c in reversed(self._chances[: step + 1]) if c), None)
-        added, worth = self._added(step), chain * self.token_s
-        if lately is None or added == float("inf"):
+        lately, added = self._lately(step), self._added(step)
+        if not lately or added == float("inf"):
             return -1.0
-        won = sum(max(0.0, chance * worth - added) for chance in lately) / len(lately)
+        worth = chain * self.token_s
+        # What may follow it is the same for all, roughly.
+        later = self._later(step + 1, chain * sum(lately) / len(lately))
+        won = sum(max(0.0, chance * worth - added + later) for chance in lately) / len(lately)
         return won - self._draft_s[min(step, self._drafted)].mean
+
+    def _later(self, step: int, chain: float) -> float:
+        """Seconds won by the best number of drafts from `step` on; 0: by none.
+
+        One more may cost much and the next one little: it is the sum that counts.
+        """
+        best = total = 0.0
+        for k in range(step, self._room):
+            lately = self._lately(k)
+            chain *= sum(lately) / len(lately) if lately else 0.0
+            draft_s = self._draft_s[min(k, self._drafted)].mean
+            total += chain * self.token_s - self._added(k) - draft_s
+            best = max(best, total)
+        return best
+
+    def _lately(self, step: int) -> deque[float]:
+        """Chances of the last drafts of a step, or of the nearest one before it."""
+        known = (c for c in reversed(self._chances[: step + 1]) if c)
+        return next(known, self._chances[0])
 
     @property
     def _drafted(self) -> int:
@@ -299,19 +326,19 @@ class DraftController:
         if self._credit is None or self._tokens - self._tried_at < REST:
             return []
         lone, one = self._pass_s[0], self._pass_s[1]
-        age = {d: self._tokens - mean.seen_at for d, mean in enumerate((lone, one))}
-        if one.n and age[0] > FRESH and age[0] > age[1]:
-            wanted, loss = 0, max(0.0, self._base - self.token_s)
-        elif not one.n or age[1] > FRESH // 4:
-            wanted = 1
-            # Two rows may take twice the time of one where every expert is read from disk.
-            loss = (one.mean if one.n else 2 * self._base) - 1.5 * self.token_s
-        else:
+        drafted = self._tokens - max(mean.seen_at for mean in self._pass_s[1:])
+        if one.n and self._tokens - lone.seen_at > FRESH * 3 // 4 > drafted:
+            self._tried_at = self._tokens
+            return [0] * TRIAL
+        if one.n and drafted <= FRESH // 4:
             return []
+        # An old time may be wrong by any factor: if it is right, the credit shows it afterwards.
+        longest = 2 * self._base
+        loss = (min(one.mean, longest) if one.n else longest) - 1.5 * self.token_s
         if TRIAL * max(loss, 0.0) > self._credit:
             return []
         self._tried_at = self._tokens
-        return [wanted] * TRIAL
+        return [1] * TRIAL
 
     def _lap(self) -> float:
         before, now = self._mark, self._clock()
