@@ -9,7 +9,7 @@ cache holds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator
+from collections.abc import Callable, Collection, Generator, Hashable
 from dataclasses import dataclass
 
 import torch
@@ -64,7 +64,7 @@ def generate(
         hidden = _prefill(model, cache, ids, cancel, on_prefill)[-1:]
         start, drafts = len(ids), list[int]()
         end = min(start + params.max_tokens, limit)
-        control.begin_sequence()
+        control.begin_sequence(_tiers(model))
         while True:
             with threads_for(1):
                 rows = model.logits(hidden)
@@ -93,6 +93,12 @@ def generate(
         _cut(cache, held)
         control.end_sequence()
         del ids[cache.length :]
+
+
+def _tiers(model: Model) -> Hashable:
+    """What makes a pass take another time than before: sizes of the tiers, reading ahead."""
+    held = model.experts.nbytes
+    return model.experts.wants_guesses, *(nbytes.bit_length() for nbytes in held.values())
 
 
 def _reason(n: int, end: int, most: int) -> FinishReason:
