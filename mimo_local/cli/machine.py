@@ -111,13 +111,7 @@ def bench(
     runner, name, load_s = load_runner(Settings.resolve(model=model))
     status = Status()
     try:
-        results = benchmark.run(
-            runner,
-            tests,
-            threads=counted,
-            reps=reps,
-            on_progress=status,
-        )
+        results = benchmark.run(runner, tests, threads=counted, reps=reps, on_progress=status)
     finally:
         status.clear()
     print(tables.bench(results))
