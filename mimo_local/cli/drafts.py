@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mimo_local.cli import models, tables
+from mimo_local.cli import models
 from mimo_local.cli.status import Status, say
 from mimo_local.errors import ExitCode, UsageError
 from mimo_local.settings import Settings
@@ -107,6 +107,8 @@ def show(found: Mapping[str, Any]) -> None:
 
 def text(found: Mapping[str, Any]) -> str:
     """A table for each regime."""
+    from mimo_local.cli import tables
+
     lines = [found["model"], ""]
     for name, depths in found["regimes"].items():
         lines += [name, tables.table(HEAD, [_row(depth) for depth in depths])]
