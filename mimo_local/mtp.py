@@ -20,6 +20,7 @@ from mimo_local.cache_layers import SPARE_ROWS
 from mimo_local.draft_cache import DraftCache
 from mimo_local.layers import MLP, Layer, Step
 from mimo_local.model import Model
+from mimo_local.sizes import SMALL_HEAD
 from mimo_local.weights import QuantLinear, Weights
 from quant.buffers import huge_tensor
 from quant.formats import get_format
@@ -74,9 +75,10 @@ class Drafter:
             ring.advance(n)
         # Rows made with ids the cache does not hold yet are not kept: others may stand there then.
         n, exact = end - ring.length, max(0, end - 1 - k - ring.length)
-        hidden = layer.last(self._rows(k, state, known, n), self._step(ring, n))
-        ring.advance(exact)
-        return likeliest(self.head(hidden)[0])
+        with ops.threads_for(n):
+            hidden = layer.last(self._rows(k, state, known, n), self._step(ring, n))
+            ring.advance(exact)
+            return likeliest(self.head(hidden)[0])
 
     def _rows(self, k: int, state: DraftCache, known: list[int], n: int) -> torch.Tensor:
         """The next n rows (n, D) of layer k's stream."""
@@ -145,9 +147,10 @@ def likeliest(logits: torch.Tensor) -> tuple[int, float]:
 
 
 def packed_smaller(head: QuantLinear) -> QuantLinear:
-    """A 4-bit copy of the head; the head itself where its rows do not fit the format."""
+    """A 4-bit copy of a large head; the head itself where that would not be faster."""
     fmt = get_format(_HEAD_FORMAT)
-    if head.format.name in ("nf4", "mxfp4") or not fmt.supports(head.rows, head.cols):
+    small = head.rows * head.cols < SMALL_HEAD
+    if small or head.format.name in ("nf4", "mxfp4") or not fmt.supports(head.rows, head.cols):
         return head
     parts = {
         name: huge_tensor(shape, dtype)
