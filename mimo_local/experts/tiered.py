@@ -83,7 +83,7 @@ class TieredStore:
         self._watcher: Watcher | None = None
         self._ahead: dict[Key, Read] = {}
         self._orphans: list[Read] = []
-        self._step_s = 0.0
+        self._step_s, self._step_rows = 0.0, 0
 
     # ---- what the model asks ---------------------------------------------------------------------
 
@@ -120,7 +120,7 @@ class TieredStore:
         if self._watcher is not None:
             self._watcher(layer, ids)
         if layer == self._first:
-            self._begin_step()
+            self._begin_step(x.shape[0])
         self.meters.steps += 1
         x = x.contiguous()
         try:
@@ -212,13 +212,13 @@ class TieredStore:
 
     # ---- between steps ---------------------------------------------------------------------------
 
-    def _begin_step(self) -> None:
+    def _begin_step(self, rows: int) -> None:
         self.ram.policy.end_of_step()
         if self.vram is not None:
             self.vram.end_of_step()
-        if self._step_s and self._prefetch == "auto":
-            self.trial.observe(self._step_s)
-        self._step_s = 0.0
+        if self._step_s and self._prefetch == "auto" and self._step_rows <= FEW_ROWS:
+            self.trial.observe(self._step_s, self._step_rows)
+        self._step_s, self._step_rows = 0.0, rows
         wish = self.pressure.wish()
         if wish is not None:
             self.meters.evictions += self.ram.resize(wish)
