@@ -252,13 +252,12 @@ class DraftController:
         one, base = self._pass_s[1], self._base
         if not one.n:
             return "too short an answer to try it" if self._pass_s[0].n else ""
-        longer = (one.mean / base - 1) if base else 0.0
+        longer = ((one.mean + self._draft_s[0].mean) / base - 1) if base else 0.0
         chances = self._chances[0]
         right = sum(chances) / len(chances) if chances else 0.0
-        won = right > longer
         return (
             f"a draft makes a pass {max(0.0, longer):.0%} longer and is right {right:.0%} "
-            f"of the time: {'it pays' if won else 'it does not pay'}"
+            f"of the time: {'it pays' if right > longer else 'it does not pay'}"
         )
 
     # ---- what it knows ---------------------------------------------------------------------------
