@@ -26,6 +26,7 @@ from mimo_local.errors import (
 from mimo_local.events import Done, Failed, FinishReason, Prefill, Progress, Stats, Token
 from mimo_local.experts.meters import figures
 from mimo_local.sampler import Sampler, SamplingParams
+from mimo_local.sizes import RESTARTS
 from mimo_local.stream import NO_ID, Stream, TextOutput
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MAX_SNAPSHOTS", "Engine", "Session", "Stream"]
 
-MAX_SNAPSHOTS: Final = 8
+MAX_SNAPSHOTS: Final = RESTARTS
 """Restart points kept per session: a copy of the rings each, 26 MB for the real model."""
 
 

@@ -38,7 +38,7 @@ budgets = st.builds(
 
 
 BUFFERS = (
-    *("KV cache", "activations", "hidden states", "left alone"),
+    *("KV cache", "restart points", "activations", "hidden states", "left alone"),
     *("wider scales in VRAM", "ends of RAM slots"),
 )
 

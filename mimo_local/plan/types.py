@@ -32,6 +32,8 @@ class Budget:
     """Names of the rates that were measured here: "ram", "disk"."""
     given: tuple[str, ...] = ()
     """Names of those somebody typed."""
+    native: bool = True
+    """The native kernels multiply weights as they are; without them products unpack a matrix."""
     pack_present: bool = False
     """The pack is already on this disk: its bytes need no free space."""
     reserve: int | None = None
@@ -64,6 +66,8 @@ class Placement:
     disk: Mapping[str, int]
     work: int
     """Activations of one chunk of rows."""
+    restarts: int
+    """Copies of sliding layers' keys and values that a session can return to."""
     reserve: int
     hidden_bytes: int
     """RAM for the hidden states of a long prompt."""
@@ -191,7 +195,14 @@ class Plan:
     def spare_bytes(self) -> int:
         """RAM that is neither experts nor matrices: keys and values, activations, long prompts."""
         found = self.placement
-        return found.ram.get("KV cache", 0) + found.work + found.hidden_bytes
+        return found.ram.get("KV cache", 0) + found.restarts + found.work + found.hidden_bytes
+
+    @property
+    def ram_bytes(self) -> int:
+        """Most RAM the model takes by this plan: the budget, less what no further expert fits."""
+        kv = self.placement.ram.get("KV cache", 0)
+        parts = sum(self.placement.ram.values()) - kv
+        return parts + self.spare_bytes + self.expert_ram_bytes
 
     @property
     def staging_slots(self) -> int:
