@@ -115,9 +115,9 @@ class Prefill:
     parts: int
     seconds: float
     bound: str
-    """What takes longest: "disk", "RAM", "PCIe" or "arithmetic"; the others hide behind it."""
+    """What takes longest: "disk", "PCIe" or "arithmetic"; the others hide behind it."""
     limits: Mapping[str, float]
-    """Seconds each of them needs alone."""
+    """Seconds each of them needs alone; without a GPU also "the rest", which nothing hides."""
 
 
 @dataclass(frozen=True, slots=True)
