@@ -1,34 +1,39 @@
 """A mixed load for as long as you like, and how much memory it took beside what was planned.
 
-    python bench/soak.py [-m MODEL] [--ram 300MB] [--minutes 60] [--seed 1]
+    python bench/soak.py [-m MODEL] [--ram 300MB] [--context 4096] [--minutes 60] [--seed 1]
 
-Chats that go on, are edited and regenerated, long prompts, answers cut off at any moment, by one
-engine with experts in tiers. Memory is what this process has beyond its imports; "planned" is
---ram. Prints what happened, then one line of JSON. A test runs 20 seconds of it.
+A chat that goes on, is edited, regenerated and begun anew, prompts of every length up to the
+context, answers cut off at any moment, by one engine with experts in tiers. Memory is what this
+process has beyond its imports; "planned" is what the planner says the model takes. Prints a line a
+minute, what happened, then one line of JSON. A test runs a few seconds of it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from mimo_local.engine import Engine, Session
+from mimo_local.engine import Engine
 from mimo_local.errors import MimoError
 from mimo_local.events import Done, Failed, Token
 from mimo_local.sampler import SamplingParams
 from mimo_local.settings import Settings
 
-SESSIONS = 3
+LONGEST = 24
+"""Tokens of an answer, at most."""
+KINDS = ("go on", "go on", "go on", "edit", "regenerate", "anew", "long")
 
 
 class Watch:
@@ -38,14 +43,18 @@ class Watch:
         self.process = psutil.Process()
         self.base = self.peak = self.process.memory_info().rss
         self.samples: list[int] = []
+        """The largest of each second."""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def _run(self) -> None:
-        while not self._stop.wait(0.02):
-            now = self.process.memory_info().rss
-            self.peak = max(self.peak, now)
-            self.samples.append(now)
+        most, looks = 0, 0
+        while not self._stop.wait(0.01):
+            most, looks = max(most, self.process.memory_info().rss), looks + 1
+            self.peak = max(self.peak, most)
+            if looks == 100:
+                self.samples.append(most)
+                most = looks = 0
 
     def __enter__(self) -> Watch:
         self._thread.start()
@@ -57,39 +66,45 @@ class Watch:
 
 
 class Load:
-    """Random requests, repeatable by their seed."""
+    """Random requests, repeatable by their seed: one conversation, as a plan is for one."""
 
     def __init__(self, engine: Engine, seed: int) -> None:
         self.engine, self.chance = engine, random.Random(seed)
-        self.sessions: list[Session] = [engine.new_session() for _ in range(SESSIONS)]
-        self.texts: list[list[int]] = [self.ids(20) for _ in range(SESSIONS)]
+        self.session, self.text = engine.new_session(), self.ids(20)
+        self.most = engine.context_limit - LONGEST
+        """Longest prompt."""
         self.counts: Counter[str] = Counter()
         self.disk_bytes = 0
 
     def ids(self, n: int) -> list[int]:
         return [self.chance.randrange(self.engine.config.vocab_size) for _ in range(n)]
 
-    def one(self) -> None:
-        """A request: go on, edit, regenerate, or read something long; some are cut off."""
-        i = self.chance.randrange(SESSIONS)
-        kind = self.chance.choice(("go on", "go on", "edit", "regenerate", "long"))
-        text = self.texts[i]
+    def prompt(self) -> list[int]:
+        """Go on, edit, regenerate, begin anew, or read something long: any length alike."""
+        kind = self.chance.choice(KINDS)
+        self.counts[kind] += 1
         if kind == "go on":
-            text = text + self.ids(self.chance.randrange(1, 40))
+            text = self.text + self.ids(self.chance.randrange(1, 40))
         elif kind == "edit":
-            text = text[: self.chance.randrange(1, len(text) + 1)] + self.ids(10)
+            text = self.text[: self.chance.randrange(1, len(self.text) + 1)] + self.ids(10)
         elif kind == "long":
-            text = self.ids(self.chance.randrange(260, 700))
-        if len(text) > min(1200, self.engine.context_limit - 64):
-            text = text[:50]
-        params = SamplingParams(max_tokens=self.chance.randrange(1, 24), seed=1)
-        stream = self.engine.submit(self.sessions[i], text, params)
-        cut = self.chance.random() < 0.25
-        stop_at = self.chance.randrange(0, 12) if cut else 10**9
-        made: list[int] = []
-        timer = threading.Timer(self.chance.random() * 0.4, stream.cancel) if cut else None
-        if timer is not None:
+            low, high = math.log(min(260, self.most)), math.log(self.most + 1)
+            text = self.ids(int(math.exp(self.chance.uniform(low, high))))
+        else:
+            text = self.text if kind == "regenerate" else self.ids(20)
+        return text if len(text) <= self.most else text[:50]
+
+    def one(self, prompt: list[int] | None = None, *, whole: bool = False) -> None:
+        """A request, `prompt` or a random one; a quarter of them are cut off, `whole` ones not."""
+        self.text = self.prompt() if prompt is None else prompt
+        params = SamplingParams(max_tokens=self.chance.randrange(1, LONGEST), seed=1)
+        stream = self.engine.submit(self.session, self.text, params)
+        cut = not whole and self.chance.random() < 0.25
+        stop_at = self.chance.randrange(0, 12) if cut else LONGEST
+        timer = threading.Timer(self.chance.random() * 0.4, stream.cancel)
+        if cut:
             timer.start()
+        made: list[int] = []
         for event in stream:
             match event:
                 case Token(id):
@@ -102,40 +117,73 @@ class Load:
                         self.disk_bytes += stats.experts.disk_bytes
                 case Failed(error):
                     raise error
-        if timer is not None:
-            timer.cancel()
-        self.counts[kind] += 1
-        self.texts[i] = text + [token for token in made if token >= 0]
+        timer.cancel()
+        self.text += [token for token in made if token >= 0]
 
 
-def run(model: Path | None, ram: str, seconds: float, seed: int) -> dict[str, Any]:
+@dataclass
+class Loaded:
+    """An engine and what its plan says."""
+
+    engine: Engine
+    planned: int
+    """Bytes of RAM the model takes."""
+    buffers: int
+    """Of these, what comes after loading: experts, keys and values, activations, hidden states."""
+
+
+def load(settings: Settings) -> Loaded:
+    """The engine as `Engine.load` makes it; MimoError where there is no plan."""
+    from mimo_local import loading
+
+    found = loading.load(settings)
+    if found.plan is None:
+        raise MimoError("a checkpoint has no tiers", hint="give a pack, see `mimo quantize`")
+    engine = Engine(
+        found.model,
+        name=found.name,
+        description=found.description,
+        context_limit=found.context_limit,
+        new_cache=found.new_cache,
+    )
+    made = found.plan
+    return Loaded(engine, made.ram_bytes, made.expert_ram_bytes + made.spare_bytes)
+
+
+def run(
+    settings: Settings, seconds: float, seed: int, say: Callable[[str], None] = print
+) -> dict[str, Any]:
     """The load for `seconds`; what it did and what memory it took."""
     import bitsandbytes  # noqa: F401  (imports are no part of the plan)
     import torch
 
     torch.mm(torch.ones(64, 64), torch.ones(64, 64))  # the threads' own memory
-    settings = Settings.resolve(model=model, ram=ram)
-    if settings.model is None:
-        from mimo_local.cli.models import choose
-
-        settings = choose(settings)
-    with Watch() as watch, Engine.load(settings) as engine:
-        load, start = Load(engine, seed), time.monotonic()
-        while time.monotonic() - start < seconds:
-            load.one()
-        elapsed = time.monotonic() - start
-    planned = settings.ram or 0
-    grown = watch.peak - watch.base
-    third = max(1, len(watch.samples) // 3)
+    with Watch() as watch:
+        found = load(settings)
+        with found.engine as engine:
+            loaded = watch.process.memory_info().rss
+            mixed, start, minute = Load(engine, seed), time.monotonic(), 0
+            mixed.one(mixed.ids(mixed.most), whole=True)  # as long as the plan has room for
+            while (elapsed := time.monotonic() - start) < seconds:
+                mixed.one()
+                if elapsed >= 60 * minute:
+                    share = (watch.peak - watch.base) / found.planned
+                    say(
+                        f"{elapsed / 60:.0f} min, {mixed.counts.total() // 2} requests: {share:.3f}"
+                    )
+                    minute = int(elapsed / 60) + 1
+    grown, third = watch.peak - watch.base, max(1, len(watch.samples) // 3)
     return {
         "tool": "bench/soak.py",
         "seconds": round(elapsed, 1),
-        "requests": sum(load.counts[k] for k in ("go on", "edit", "regenerate", "long")),
-        "counts": dict(load.counts),
-        "disk_bytes": load.disk_bytes,
-        "planned_bytes": planned,
+        "requests": mixed.counts.total() // 2,
+        "counts": dict(mixed.counts),
+        "disk_bytes": mixed.disk_bytes,
+        "planned_bytes": found.planned,
         "peak_bytes": grown,
-        "peak_over_planned": round(grown / planned, 4),
+        "peak_over_planned": round(grown / found.planned, 4),
+        # The same without what loading takes: a small model's is less than this program's.
+        "buffers_over_planned": round((watch.peak - loaded) / found.buffers, 4),
         # The last third beside the second: memory that is lost would show.
         "drift_bytes": max(watch.samples[-third:]) - max(watch.samples[third : 2 * third]),
     }
@@ -145,11 +193,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("-m", "--model", type=Path)
     parser.add_argument("--ram", default="300MB")
+    parser.add_argument("--context", type=int, default=4096)
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args(argv)
     try:
-        found = run(args.model, args.ram, 60 * args.minutes, args.seed)
+        settings = Settings.resolve(model=args.model, ram=args.ram, context=args.context)
+        if settings.model is None:
+            from mimo_local.cli.models import choose
+
+            settings = choose(settings)
+        found = run(settings, 60 * args.minutes, args.seed, lambda text: print(text, flush=True))
     except MimoError as error:
         print(f"error: {error.message}\nhint: {error.hint}", file=sys.stderr)
         return int(error.exit_code)

@@ -207,6 +207,11 @@ class NativeRouting:
         self.into(x, normed, ids, w)
         return normed, ids, w
 
+    def likeliest(self, x: torch.Tensor) -> torch.Tensor:
+        """x (T, D) -> the ids (T * K,) it chooses, those with the largest weights first."""
+        _, ids, w = self(x)
+        return ids.flatten()[w.flatten().argsort(descending=True)]
+
     def into(
         self, x: torch.Tensor, normed: torch.Tensor, ids: torch.Tensor, w: torch.Tensor
     ) -> None:
@@ -237,12 +242,16 @@ class SplitMixture:
     def __call__(self, x: torch.Tensor, delta: torch.Tensor | None) -> None:
         """As `NativeAttention`."""
         normed, ids, w = self._routing(x)
+        guess = None
         if self._following is not None and self._store.wants_guesses:
             # What the next layer would choose from x without this layer's experts and its own
             # attention: residuals change slowly, so most of its choices are among them.
             layer, routing = self._following
-            self._store.expect(layer, routing(x)[1])
-        y = self._store.run(self._layer, normed, ids, w)
+
+            def guess() -> None:
+                self._store.expect(layer, routing.likeliest(x))
+
+        y = self._store.run(self._layer, normed, ids, w, meanwhile=guess)
         if delta is None:
             x.add_(y)
         else:

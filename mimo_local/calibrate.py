@@ -1,9 +1,10 @@
 """Rates of this machine out of the real decode loop: a prompt and some tokens of the pack itself.
 
-Every token is computed twice. The first time as in an answer, with hits and misses; the second time
-its experts have just been used and all lie in memory; then its experts alone. The differences are
-what the disk, the experts and everything else cost, and the planner's own formulas, solved for the
-rates, give the same times again. A bandwidth test would not know about threads, kernels and reads.
+First some tokens as in an answer, one after the other, with hits and misses. Then some that are
+computed twice: the second time their experts have just been used and all lie in memory; then their
+experts alone. The differences are what the disk, the experts and everything else cost, and the
+planner's own formulas, solved for the rates, give the same times again. A bandwidth test would not
+know about threads, kernels and reads.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ if TYPE_CHECKING:
     from mimo_local.experts.store import Store
 
 TOKENS: Final = 24
-WARM: Final = 4
-"""First tokens that are not counted: pages are touched, threads wake up."""
+WARM: Final = 40
+"""First tokens that are not counted: pages are touched, threads wake up, and the first trial of
+guesses (`experts.prefetch`: 12 cold steps and 24) has ended."""
 PROMPT: Final = 512
 SLOWEST, FASTEST = 1e6, 1e12
 """Bytes/s between which a disk's rate is looked for."""
@@ -66,11 +68,11 @@ def calibrate(
     clock: Callable[[], float] = time.perf_counter,
 ) -> Calibration:
     """Measure for some seconds; `plan`: of the loaded model. UsageError if it is too short."""
-    prompt = min(prompt, runner.max_context - tokens - WARM, plan.context - tokens - WARM)
+    prompt = min(prompt, min(runner.max_context, plan.context) - 2 * tokens - WARM)
     if prompt < 1 or tokens < 1:
         raise UsageError(
             f"a context of {plan.context} tokens is too short to calibrate with",
-            hint=f"give at least `--context {TOKENS + WARM + 1}`",
+            hint=f"give at least `--context {2 * TOKENS + WARM + 1}`",
         )
     timings = measure(runner, store, tokens, prompt, on_progress, clock)
     return solve(runner, plan, timings, prompt)
@@ -86,8 +88,8 @@ def measure(
 ) -> Timings:
     """Run the loop and note what it took."""
     source = random.Random(SEED)
-    ids = [source.randrange(runner.vocab_size) for _ in range(prompt + tokens + WARM)]
-    found = Timings(depth=prompt + WARM + tokens // 2)
+    ids = [source.randrange(runner.vocab_size) for _ in range(prompt + WARM + 2 * tokens)]
+    found, total = Timings(depth=prompt + WARM + tokens), WARM + 2 * tokens
     # The first prompt touches fresh pages and has all it reads checked: the second is like others.
     for _ in range(2):
         runner.reset()
@@ -96,24 +98,22 @@ def measure(
     found.prompt_s = clock() - start
     found.prompt_wait_s = store.meters.since(before).wait_s
     chosen: list[tuple[int, torch.Tensor]] = []
-    for i, token in enumerate(ids[prompt:]):
+    for i, token in enumerate(ids[prompt:], start=1):
         before, start = store.meters.copy(), clock()
         runner.step(token)
-        first = clock() - start
-        spent = store.meters.since(before)
-        # Watching asks the store for every layer's choice, so it is done in a step of its own.
-        _again(runner, token, store, chosen)
-        start = clock()
-        _again(runner, token)
-        again = clock() - start
-        alone = _experts_alone(runner, store, chosen, clock)
-        if i >= WARM:
-            found.first.append(first)
-            found.again.append(again)
-            found.experts.append(alone)
-            _add(found, spent)
+        # In succession: with pauses between them a disk took 125 ms for what it reads in 80.
+        if WARM < i <= WARM + tokens:
+            found.first.append(clock() - start)
+            _add(found, store.meters.since(before))
+        elif i > WARM:
+            # Watching asks the store for every layer's choice, so it is done in a step of its own.
+            _again(runner, token, store, chosen)
+            start = clock()
+            _again(runner, token)
+            found.again.append(clock() - start)
+            found.experts.append(_experts_alone(runner, store, chosen, clock))
         if on_progress is not None:
-            on_progress(Progress("calibrating", i + 1, tokens + WARM, "tokens"))
+            on_progress(Progress("calibrating", i, total, "tokens"))
     return found
 
 
@@ -183,6 +183,9 @@ def solve(runner: ModelRunner, plan: Plan, found: Timings, prompt: int) -> Calib
     missed = (found.spent.misses + found.spent.staged_hits) / wanted if wanted else 0.0
     first = statistics.fmean(found.first)
     flops = prediction.prompt_flops(config, prompt)
+    reached = replace(assumed, ram=ram, rest=rest)
+    computed = found.prompt_s - found.prompt_wait_s
+    computed -= sum(prediction.memory_s(config, sizes, plan.placement, reached, prompt))
     made = Calibration(
         when=datetime.now(UTC).date().isoformat(),
         tokens=len(found.first),
@@ -193,7 +196,7 @@ def solve(runner: ModelRunner, plan: Plan, found: Timings, prompt: int) -> Calib
         ram_rate=ram,
         rest_rate=rest,
         layer_s=layer_s,
-        flops=flops / max(found.prompt_s - found.prompt_wait_s, 1e-9),
+        flops=flops / max(computed, 0.1 * found.prompt_s, 1e-9),
     )
     if not missed or made.wait_s <= 0:
         return made

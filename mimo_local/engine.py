@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
     from mimo_local.cache import KVCache
     from mimo_local.config import ModelConfig
+    from mimo_local.events import ExpertFigures
     from mimo_local.experts.meters import Meters
     from mimo_local.generate import Drafting
     from mimo_local.model import Model
@@ -99,6 +100,7 @@ class Engine:
         self._new_cache = new_cache or model.new_cache
         self._recorder = recorder
         self._drafting = drafting
+        self._meters: Meters | None = None
         self._work: deque[_Request | tuple[Future[Tensor], list[int]]] = deque()
         self._ready = threading.Condition()
         self._closing = False
@@ -158,6 +160,13 @@ class Engine:
         decoder = self.tokenizer.stream() if self.tokenizer else None
         self._enqueue(_Request(stream, session, ids, params, TextOutput(decoder, stop)))
         return stream
+
+    def experts_now(self) -> ExpertFigures | None:
+        """Where the experts of the running answer came from so far, or of the last one.
+
+        None where all of them lie in RAM, and before the first answer. For any thread.
+        """
+        return figures(self._model.experts, self._meters)
 
     def logits(self, ids: Sequence[int]) -> Tensor:
         """Logits (T, V) f32 after each of `ids`; touches no session. Waits for its turn."""
@@ -286,7 +295,7 @@ class Engine:
         if self._recorder is not None:
             self._recorder.begin()
         request.started = time.monotonic()
-        request.meters = self._model.experts.meters.copy()
+        request.meters = self._meters = self._model.experts.meters.copy()
         # At least one id must go through the model again: its logits are where the answer starts.
         session.rewind(min(session.common_prefix(request.ids), len(request.ids) - 1))
         request.cached = session.cache.length

@@ -26,7 +26,7 @@ from mimo_local.mtp import Drafter
 from mimo_local.plan import Plan, here, plan
 from mimo_local.runs import Recorder
 from mimo_local.settings import Paths, Settings
-from mimo_local.sizes import PackSizes, activation_bytes, kv_bytes
+from mimo_local.sizes import PackSizes, activation_bytes, kv_bytes, restart_bytes
 from mimo_local.tokenizer import Tokenizer
 from mimo_local.weights import PackWeights, Weights, open_weights
 
@@ -142,7 +142,8 @@ def new_recorder(path: Path, config: ModelConfig, made: Plan, experts: Store) ->
 def spare(config: ModelConfig, context: int | None, dtype: torch.dtype) -> int:
     """Bytes to keep from a checkpoint's experts: the cache of a session, a step's activations."""
     tokens = min(context or DEFAULT_CONTEXT, config.max_context)
-    return kv_bytes(config, tokens, dtype.itemsize) + activation_bytes(config)
+    cache = kv_bytes(config, tokens, dtype.itemsize) + restart_bytes(config, dtype.itemsize)
+    return cache + activation_bytes(config, native=kernels.get() is not None)
 
 
 def set_threads(threads: int | None) -> None:

@@ -63,6 +63,8 @@ class Model:
                 on_progress(Progress("loading layers", len(self.layers), config.n_layers, "layers"))
         mixtures = [layer for layer in self.layers if isinstance(layer.mlp, MoE)]
         self._mixtures = [layer.moe.layer for layer in mixtures]
+        self._foreseen = next(iter(mixtures), None)
+        """The first layer with experts: what it will want is guessed from the embedding."""
         for layer, following in itertools.pairwise(mixtures):
             layer.following = following
         self.norm = weights.tensor("model.norm.weight")
@@ -121,6 +123,10 @@ class Model:
         """x (T, D) through all layers, in place."""
         if trace is not None:
             trace("embedding", x.clone())
+        first = self._foreseen
+        if first is not None and step.sequences is not None and self.experts.wants_guesses:
+            # The disk would rest until the first mixture is reached: attention and a dense layer.
+            self.experts.expect(first.moe.layer, first.native_routing.likeliest(x))
         for layer in self.layers:
             if cancel is not None and cancel():
                 raise CancelledError(

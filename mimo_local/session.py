@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
+from mimo_local.sizes import RESTARTS
+
 if TYPE_CHECKING:
     from mimo_local.cache import KVCache, Snapshot
 
-MAX_SNAPSHOTS: Final = 8
+MAX_SNAPSHOTS: Final = RESTARTS
 """Restart points kept per session: a copy of the rings each, 26 MB for the real model."""
 
 

@@ -21,6 +21,8 @@ SCALE_GROWTH = 18 / 17  # a 4-bit expert in VRAM: 64 weights are 32 bytes and a 
 ALIGN = 4096  # an expert starts on a page, so that one direct read brings it
 CHUNK = 512  # rows of one prefill step: what the activations are sized for
 HIDDEN_BUFFERS = 3  # residual stream, normed rows, a layer's output
+RESTARTS = 8  # points a session keeps to return to
+RING_SLACK, RING_SPARE = 3, 32  # rows of a sliding layer beside its window (`cache.RingKV`)
 
 SMALL_HEAD = 1 << 26
 """Weights below which a head is not copied for drafts: in the processor's cache rows of 4 bits take
@@ -110,13 +112,34 @@ def hidden_bytes(config: ModelConfig, tokens: int) -> int:
     return row * tokens
 
 
-def activation_bytes(config: ModelConfig) -> int:
-    """Float32 rows of one prefill step plus the largest matrix a product unpacks."""
+def restart_bytes(config: ModelConfig, itemsize: int = 2) -> int:
+    """What a session keeps of its sliding layers beside their windows.
+
+    Copies at the points it can return to, one more while a long prompt is read, spare rows.
+    """
+    rows = [
+        (layer.kv_heads * (layer.head_dim + layer.v_head_dim), layer.window)
+        for layer in config.layers
+        if layer.window is not None
+    ]
+    copies = sum(width * (window + RING_SLACK) for width, window in rows)
+    spare = sum(width * (RING_SLACK + RING_SPARE) for width, _ in rows)
+    return itemsize * ((RESTARTS + 1) * copies + spare)
+
+
+def activation_bytes(config: ModelConfig, *, native: bool = True) -> int:
+    """Float32 rows of one prefill step.
+
+    Without the native kernels also the largest matrix, which a product unpacks.
+    """
     heads = max(ly.heads * (ly.head_dim + ly.v_head_dim) for ly in config.layers)
     inner = max(ly.intermediate for ly in config.layers)
     inner = max(inner, config.moe_intermediate_size * max(config.experts_per_token, 1))
-    largest = max(r * c for kind, r, c, _ in matrices(config) if kind not in ("embedding", "head"))
-    return 4 * (CHUNK * (8 * config.hidden_size + 2 * heads + 3 * inner) + largest)
+    rows = 4 * CHUNK * (8 * config.hidden_size + 2 * heads + 3 * inner)
+    if native:
+        return rows
+    sizes = (r * c for kind, r, c, _ in matrices(config) if kind not in ("embedding", "head"))
+    return rows + 4 * max(sizes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,16 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from mimo_local.errors import MimoError, UsageError
-from mimo_local.events import Done, Event, Failed, FinishReason, Prefill, Stats, Token
+from mimo_local.events import (
+    Done,
+    Event,
+    ExpertFigures,
+    Failed,
+    FinishReason,
+    Prefill,
+    Stats,
+    Token,
+)
 from mimo_local.experts.meters import Meters
 
 if TYPE_CHECKING:
@@ -162,6 +171,7 @@ class FakeStream:
             context_used=len(self._request.session.ids),
             context_limit=self._engine.context_limit,
             cache_bytes=1024,
+            experts=self._engine.experts,
             kernel="fake",
         )
 
@@ -188,6 +198,8 @@ class FakeEngine:
         self.delay_s = delay_s
         self.requests: list[Request] = []
         self.closed = False
+        self.experts: ExpertFigures | None = None
+        """What the tiers of a model that is partly on disk did, in each answer alike."""
         self._reply = reply or (lambda prompt: "fake answer")
         self._answers: deque[Answer] = deque()
         for chunks in answers:
@@ -225,6 +237,9 @@ class FakeEngine:
             words = self._reply(request.prompt).split(" ")
             answer = Answer(tuple(w if i == 0 else f" {w}" for i, w in enumerate(words)))
         return FakeStream(self, request, answer)
+
+    def experts_now(self) -> ExpertFigures | None:
+        return self.experts
 
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
         raise UsageError("a fake engine has no logits", hint="load a model")

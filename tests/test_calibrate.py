@@ -18,7 +18,7 @@ from mimo_local.experts.meters import Meters
 from mimo_local.hardware import Gpu, Hardware
 from mimo_local.plan import Budget, Plan, here, plan
 from mimo_local.plan.planner import forecast, rates_of
-from mimo_local.plan.prediction import expert_seconds
+from mimo_local.plan.prediction import expert_seconds, memory_s
 from mimo_local.plan.rates import Calibration
 from mimo_local.sizes import GB
 
@@ -100,7 +100,10 @@ def test_the_rates_that_made_the_times_are_found_again() -> None:
     assert found.ram_rate == pytest.approx(30e9)
     assert found.disk_rate == pytest.approx(3e9, rel=0.02)  # 226 of 376 hits, not 60 %
     assert found.reads == pytest.approx(8 * 0.4 / (1 - 0.6**8), rel=0.01)
-    assert found.flops == pytest.approx(counting_flops() / 10.0)
+    rates = dataclasses.replace(runner.rates, ram=found.ram_rate, rest=found.rest_rate)
+    reading = sum(memory_s(REAL, made.sizes, made.placement, rates, PROMPT))
+    assert 5 < reading < 9  # 160 GB of experts at 30 GB/s, the rest at what it showed
+    assert found.flops == pytest.approx(counting_flops() / (10.0 - reading))
 
 
 def counting_flops() -> float:

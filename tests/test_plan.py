@@ -38,7 +38,7 @@ budgets = st.builds(
 
 
 BUFFERS = (
-    *("KV cache", "activations", "hidden states", "left alone"),
+    *("KV cache", "restart points", "activations", "hidden states", "left alone"),
     *("wider scales in VRAM", "ends of RAM slots", "4-bit head for drafts"),
 )
 
@@ -410,3 +410,16 @@ def test_planning_loads_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_the_disk_rests_while_a_prompt_is_at_attention() -> None:
+    """Measured on 5 layers of the real shapes: reading and experts overlap, attention adds."""
+    budget = Budget(ram=64 * GB, disk=500 * GB)
+    slow = plan(REAL, PACK, dataclasses.replace(budget, disk_rate=1e9), tokens=2000)
+    quick = plan(REAL, PACK, dataclasses.replace(budget, disk_rate=100e9), tokens=2000)
+    for found, bound in ((slow, "disk"), (quick, "arithmetic")):
+        assert found.prediction
+        reading = found.prediction.prefill
+        rest = reading.limits["the rest"]
+        assert reading.bound == bound and rest > 0
+        assert reading.seconds == pytest.approx(reading.limits[bound] + rest, rel=0.05)

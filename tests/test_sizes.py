@@ -9,12 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mimo_local import sizes
+from mimo_local.cache import KVCache
 from mimo_local.config import ModelConfig
 from mimo_local.errors import UsageError
+from mimo_local.random_weights import shape_config
 from quant.formats import FORMATS
 from quant.recipe import FORMAT_NAMES, Recipe
 
@@ -52,6 +55,21 @@ def test_the_kv_cache_of_the_real_model() -> None:
         assert sizes.kv_bytes(REAL, tokens) == 23_040 * tokens + rings
     assert sizes.kv_bytes(REAL, 1) == 23_040 + 39 * 5120, "rings start empty"
     assert sizes.kv_bytes(REAL, 8192, 4) == 2 * sizes.kv_bytes(REAL, 8192)
+
+
+def test_restart_points_are_what_a_session_holds() -> None:
+    config = shape_config(5, 512, shape="tiny")
+    cache = KVCache(config, dtype=torch.bfloat16)
+    cache.length = 17 + sizes.RING_SLACK  # all that a ring keeps
+    held = cache.nbytes["swa"] + (sizes.RESTARTS + 1) * cache.snapshot().nbytes
+    rings = sizes.kv_bytes(config, 17) - 17 * cache_row(config)
+    assert rings + sizes.restart_bytes(config) == pytest.approx(held, rel=0.01)
+    assert sizes.restart_bytes(REAL) / 1e6 == pytest.approx(240, abs=5)
+
+
+def cache_row(config: ModelConfig) -> int:
+    """Bytes of one position in the full layers."""
+    return sizes.kv_bytes(config, 101) - sizes.kv_bytes(config, 100)
 
 
 @pytest.mark.parametrize(

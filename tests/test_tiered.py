@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import random
 import threading
@@ -441,6 +442,23 @@ def test_pressure_reaches_the_tier(pack: Path) -> None:
     assert store.notes
 
 
+def test_pressure_reaches_the_tier_between_the_layers_of_a_long_prompt(
+    pack: Path, whole: ExpertStore
+) -> None:
+    store, left, now = tiered(pack, 30), [1 << 40], [0.0]
+    store.pressure = Pressure(
+        store.ram.slot_bytes, store.ram.budget, 0, free=lambda: left[0], clock=lambda: now[0]
+    )
+    x, ids, w = step(300, 1)
+    store.sweep(1, x, ids, w)
+    assert (len(store.ram), store.ram.capacity) == (10, 30), "its share"
+    left[0], now[0] = -20 * store.ram.slot_bytes, INTERVAL  # somebody lowers the limit
+    found = store.sweep(2, x, ids, w)
+    assert store.ram.capacity == 30 - 21
+    assert store.ram.nbytes <= store.ram.budget
+    assert torch.equal(found, whole.sweep(2, x, ids, w)) or kernels.get() is None
+
+
 def test_which_store_a_model_gets(
     pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -489,6 +507,59 @@ def test_guesses_never_push_anything_out_and_demand_goes_first(pack: Path) -> No
     assert not any(key[0] == 2 and key[1] in other[0].tolist() for key in store.ram)
     store.wait_for_orphans()
     assert store.ram.ring_left == RING
+
+
+def test_wrong_guesses_are_dropped_before_anything_is_read(pack: Path) -> None:
+    """What was on its way lands as nothing; the rest of it is not read."""
+    begun, gate, order = threading.Event(), threading.Event(), list[int]()
+
+    def slow(fd: int, views: list[memoryview], offset: int) -> int:
+        begun.set()
+        gate.wait(10)
+        order.append(offset)
+        return os.preadv(fd, views, offset)
+
+    opened = weights(pack)
+    layouts = {layer: opened.pack.expert_layout(layer) for layer in LAYERS}
+    disk = DiskTier(opened.pack.path, layouts, depth=1, preadv=slow)
+    store = tiered(pack, 4, prefetch="on", disk=disk)
+    x, ids, w = step(1, 5)
+    wrong = torch.tensor([e for e in range(EXPERTS) if e not in ids[0]][:4])
+    store.expect(1, wrong)
+    assert begun.wait(10)
+    called: list[int] = []
+    threading.Timer(0.05, gate.set).start()
+    store.run(1, x, ids, w, meanwhile=lambda: called.append(store.ram.ring_left))
+    assert called == [RING - 1 - K], "one guess was being read, K reads had begun"
+    assert len(order) == 1 + K
+    assert store.meters.prefetch_wasted == 4
+    store.wait_for_orphans()
+    assert store.ram.ring_left == RING
+
+
+def test_parts_of_a_dropped_read_are_not_read(pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = weights(pack)
+    layouts = {layer: opened.pack.expert_layout(layer) for layer in LAYERS}
+    monkeypatch.setattr(disk_module, "PART", 4096)
+    gate, reads = threading.Event(), list[int]()
+
+    def slow(fd: int, views: list[memoryview], offset: int) -> int:
+        reads.append(offset)
+        gate.wait(10)
+        return os.preadv(fd, views, offset)
+
+    disk = DiskTier(opened.pack.path, layouts, depth=1, preadv=slow)
+    size = -(-layouts[1].stride // 4096) * 4096
+    buffer = memoryview(mmap.mmap(-1, size))
+    read = disk.read((1, 3), 0, buffer)
+    while not reads:
+        time.sleep(0.001)
+    assert read.left > 1
+    assert not disk.forget(read), "a part of it is being read"
+    gate.set()
+    disk.wait([read])
+    assert (len(reads), read.error) == (1, None)
+    disk.close()
 
 
 def test_a_guess_that_comes_true_is_no_miss(pack: Path, whole: ExpertStore) -> None:

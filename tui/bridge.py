@@ -33,6 +33,7 @@ from tui.messages import (
     Reading,
     Ready,
     TextPiece,
+    Tiers,
 )
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ JOIN_S = 0.05
 """Pieces are joined for this long: 20 screen updates a second, above which Markdown lags behind."""
 MAX_JOIN_S = 0.4
 """Two or three updates a second are the least that still looks alive."""
+TIERS_S = 0.25
+"""Between two looks at where experts come from: four a second can be read."""
 SCREEN_SHARE = 0.25
 """Of one core, for drawing an answer while it is generated."""
 
@@ -140,17 +143,19 @@ class Joiner:
 
 
 class Pacer:
-    """Lets one report through per JOIN_S: a loader may report every tensor, nobody reads that."""
+    """Lets one report through per `every`: a loader may report every tensor, nobody reads that."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    def __init__(
+        self, clock: Callable[[], float] = time.monotonic, *, every: float = JOIN_S
+    ) -> None:
+        self._clock, self._every = clock, every
         self._sent_at = float("-inf")
         self._stage = ""
 
     def due(self, stage: str = "", *, last: bool = False) -> bool:
         """Whether to report now; the first and the last of a stage always."""
         now = self._clock()
-        if not last and stage == self._stage and now - self._sent_at < JOIN_S:
+        if not last and stage == self._stage and now - self._sent_at < self._every:
             return False
         self._sent_at, self._stage = now, stage
         return True
@@ -299,8 +304,10 @@ class Bridge:
             self._reply = reply
             if self._cancelled.is_set():
                 reply.cancel()
-        meter, reading = Meter(), Pacer()
+        meter, reading, tiers = Meter(), Pacer(), Pacer(every=TIERS_S)
         for event in reply:
+            if tiers.due():
+                self._post_tiers(engine, meter.pace.tokens)
             match event:
                 case Prefill():
                     if reading.due(last=event.done >= event.total):
@@ -312,6 +319,12 @@ class Bridge:
                 case Failed(error):
                     return AnswerFailed(Problem.of(error))
         return AnswerDone("cancelled", Stats(), meter.pace)
+
+    def _post_tiers(self, engine: Engine, tokens: int) -> None:
+        found = engine.experts_now()
+        if found is not None:
+            so_far = Stats(completion_tokens=tokens, experts=found)
+            self._post(Tiers(found, so_far.disk_bytes_per_token))
 
     def _params(self, chat: Chat, attempt: int) -> SamplingParams:
         params = preset(chat.preset).params(**self._defaults.overrides)

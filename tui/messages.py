@@ -12,7 +12,7 @@ from typing import Literal
 from textual.message import Message
 
 from mimo_local.errors import MimoError
-from mimo_local.events import FinishReason, Prefill, Progress, Stats
+from mimo_local.events import ExpertFigures, FinishReason, Prefill, Progress, Stats
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +105,14 @@ class AnswerDelta(Message):
 
     pieces: tuple[TextPiece, ...]
     pace: Pace
+
+
+@dataclass
+class Tiers(Message):
+    """Where the running answer's experts came from so far; only if some lie on disk."""
+
+    experts: ExpertFigures
+    disk_bytes_per_token: float
 
 
 @dataclass

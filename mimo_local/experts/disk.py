@@ -38,20 +38,26 @@ _REDO: Final = "run `mimo verify` on the pack; copy the file again, or make the 
 class Read:
     """One expert on its way from disk into a slot."""
 
-    __slots__ = ("_parts", "buffer", "error", "key", "listener", "slot", "started", "urgent")
+    __slots__ = (
+        "buffer",
+        "dropped",
+        "error",
+        "key",
+        "landed",
+        "left",
+        "listener",
+        "slot",
+        "urgent",
+    )
 
     def __init__(self, key: Key, slot: int, buffer: memoryview, parts: int) -> None:
         self.key, self.slot, self.buffer = key, slot, buffer
         self.error: PackError | None = None
         self.listener: SimpleQueue[Read] | None = None
-        self.urgent = False
-        self.started = False
-        self._parts = parts
-
-    @property
-    def landed(self) -> bool:
-        """All parts have ended, with the expert's bytes or with `error`."""
-        return self._parts == 0
+        self.urgent = self.dropped = self.landed = False
+        self.left = parts
+        """Parts that have not ended. When all have, with the expert's bytes or with `error`, and
+        the bytes are checked, the read has `landed`."""
 
 
 @dataclass(slots=True)
@@ -145,13 +151,21 @@ class DiskTier:
                 self._urgent.extend(mine)
 
     def forget(self, read: Read) -> bool:
-        """Take back a read of which no part has begun; False: it goes on, wait until it landed."""
+        """Take back what of a read has not begun; False: some of it goes on, wait until it landed.
+
+        What lands then is no expert, and is not checked.
+        """
         with self._lock:
-            if read.started or read.landed:
-                return False
-            self._later = deque(part for part in self._later if part.read is not read)
-            self._urgent = deque(part for part in self._urgent if part.read is not read)
-            return True
+            if read.landed:
+                return True
+            read.dropped = True
+            for queue in (self._later, self._urgent):
+                mine = [part for part in queue if part.read is read]
+                for part in mine:
+                    queue.remove(part)
+                read.left -= len(mine)
+                read.landed = read.landed or (bool(mine) and not read.left)
+            return read.landed
 
     def wait(self, reads: Sequence[Read]) -> None:
         """Until all of them have landed, whatever became of them."""
@@ -178,7 +192,6 @@ class DiskTier:
                 if not self._urgent and not self._later:
                     return
                 part = (self._urgent or self._later).popleft()
-                part.read.started = True
             error = None
             if part.read.error is None:
                 try:
@@ -194,18 +207,19 @@ class DiskTier:
         with self._lock:
             read.error = read.error or error
             self.bytes_read += nbytes if error is None else 0
-            last = read._parts == 1
-        if last and read.error is None:
+            read.left -= 1  # under one lock with the question: two parts may end at once
+            if read.left:
+                return
+        if read.error is None and not read.dropped:
             try:
                 self._check(read)
             except PackError as found:
                 read.error = found
         with self._lock:
-            read._parts -= 1
-            if read.landed:
-                if read.listener is not None:
-                    read.listener.put(read)
-                self._lock.notify_all()
+            read.landed = True
+            if read.listener is not None:
+                read.listener.put(read)
+            self._lock.notify_all()
 
     def _fill(self, part: _Part) -> None:
         layer, expert = part.read.key

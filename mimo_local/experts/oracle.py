@@ -10,10 +10,10 @@ import math
 from array import array
 from collections.abc import Container, Iterable, Iterator
 
-from mimo_local.experts.policy import ExpertPolicy, Key
+from mimo_local.experts.policy import Key, OneOrder
 
 
-class Belady(ExpertPolicy):
+class Belady(OneOrder):
     """The oracle: told everything that will be wanted, lets go what is wanted last.
 
     No policy has more hits; it may leave out what would only push out something wanted sooner.
@@ -42,7 +42,7 @@ class Belady(ExpertPolicy):
 
     def admits(self, key: Key, busy: Container[Key] = ()) -> bool:
         """Whether `key` is wanted again sooner than the victim."""
-        if not self._full(key):
+        if not self._full:
             return self._next(key) < math.inf
         victim = self._victim(key, busy)
         return victim is not None and self._next(key) < self._next(victim)

@@ -35,41 +35,23 @@ class ExpertPolicy(ABC):
         """
         return self.capacity > 0
 
+    @abstractmethod
     def insert(self, key: Key, busy: Container[Key] = ()) -> Key | None:
         """Hold `key`; the victim that had to go, None while there is room or if it is held.
 
         Never evicts one of `busy`; ValueError, and nothing changed, if there is no other.
         """
-        if key in self:
-            return None
-        victim = None
-        if self._full(key):
-            victim = self._victim(key, busy)
-            if victim is None:
-                raise ValueError(f"no room for {key}: none of the {len(self)} held may go")
-            self.remove(victim)
-        self._take(key)
-        return victim
 
     @abstractmethod
     def remove(self, key: Key) -> None:
         """Hold `key` no longer; KeyError if it is not held."""
 
+    @abstractmethod
     def resize(self, capacity: int, busy: Container[Key] = ()) -> list[Key]:
         """Hold at most `capacity` from now on; the victims, first one first.
 
         Never evicts one of `busy`; ValueError, and nothing changed, if they are too many.
         """
-        if capacity < 0:
-            raise ValueError(f"a capacity cannot be {capacity}")
-        surplus = max(0, len(self) - capacity)
-        victims = list(islice((key for key in self if key not in busy), surplus))
-        if len(victims) < surplus:
-            raise ValueError(f"cannot shrink to {capacity}: more than that are in use")
-        for victim in victims:
-            self.remove(victim)
-        self.capacity = capacity
-        return victims
 
     def end_of_step(self) -> None:  # noqa: B027
         """All layers of a step have asked: time passes, for those that count it."""
@@ -84,8 +66,39 @@ class ExpertPolicy(ABC):
     def __iter__(self) -> Iterator[Key]:
         """The keys held, from first victim to last."""
 
-    def _full(self, key: Key) -> bool:
-        """Whether `key` needs a victim."""
+
+class OneOrder(ExpertPolicy):
+    """All held in one order of eviction, as iterating tells it."""
+
+    def insert(self, key: Key, busy: Container[Key] = ()) -> Key | None:
+        """Hold `key`; the first victim that is not busy makes room."""
+        if key in self:
+            return None
+        victim = None
+        if self._full:
+            victim = self._victim(key, busy)
+            if victim is None:
+                raise ValueError(f"no room for {key}: none of the {len(self)} held may go")
+            self.remove(victim)
+        self._take(key)
+        return victim
+
+    def resize(self, capacity: int, busy: Container[Key] = ()) -> list[Key]:
+        """Hold at most `capacity` from now on; the first victims go."""
+        if capacity < 0:
+            raise ValueError(f"a capacity cannot be {capacity}")
+        surplus = max(0, len(self) - capacity)
+        victims = list(islice((key for key in self if key not in busy), surplus))
+        if len(victims) < surplus:
+            raise ValueError(f"cannot shrink to {capacity}: more than that are in use")
+        for victim in victims:
+            self.remove(victim)
+        self.capacity = capacity
+        return victims
+
+    @property
+    def _full(self) -> bool:
+        """Whether another one needs a victim."""
         return len(self) >= self.capacity
 
     def _victim(self, key: Key, busy: Container[Key]) -> Key | None:
@@ -97,7 +110,7 @@ class ExpertPolicy(ABC):
         """Hold `key`, for which there is room."""
 
 
-class Lru(ExpertPolicy):
+class Lru(OneOrder):
     """The one not wanted for longest goes first."""
 
     def __init__(self, capacity: int) -> None:
@@ -198,9 +211,6 @@ class PerLayer(ExpertPolicy):
     def __iter__(self) -> Iterator[Key]:
         return iter(_in_turn(self._parts.values()))
 
-    def _take(self, key: Key) -> None:
-        raise NotImplementedError  # `insert` leaves it to the parts
-
 
 def _in_turn(lists: Iterable[Iterable[Key]]) -> list[Key]:
     """The first of each, then the second of each, and so on."""
@@ -212,7 +222,7 @@ def _shares(capacity: int, n: int) -> list[int]:
     return [capacity // n + (i < capacity % n) for i in range(n)]
 
 
-class PinnedLru(ExpertPolicy):
+class PinnedLru(OneOrder):
     """LRU beside a hot set that no insert evicts. Pinned ones come in by `insert` like others."""
 
     def __init__(self, capacity: int, pinned: Iterable[Key]) -> None:
@@ -264,7 +274,7 @@ _LARGEST: Final = 1e100
 """Weight of a touch at which all scores are scaled down: floats end at 1e308."""
 
 
-class AgedFrequency(ExpertPolicy):
+class AgedFrequency(OneOrder):
     """The one wanted least often lately goes first (LFRU): counts that fade, recency breaks ties.
 
     A touch counts 1 and is worth half after `half_life` steps, also for keys that are not held:
@@ -307,7 +317,7 @@ class AgedFrequency(ExpertPolicy):
         """Whether `key` beats the first victim by the margin and its layer may upload once more."""
         if self.per_layer is not None and self._admitted[key[0]] >= self.per_layer:
             return False
-        if not self._full(key):
+        if not self._full:
             return True
         victim = self._victim(key, busy)
         return victim is not None and self.score(key) > self.margin * self.score(victim)

@@ -83,20 +83,27 @@ class _Work:
 class Few(_Work):
     """Up to FEW_ROWS rows: every expert's result on its own, in the order they are at hand."""
 
-    def run(self) -> torch.Tensor:
-        """-> (T, D)."""
+    def run(self, meanwhile: Callable[[], None] | None) -> torch.Tensor:
+        """-> (T, D). `meanwhile` is called once the first reads have begun."""
         t, k = self.ids.shape
         self.pairs: dict[int, list[int]] = {}
         for i, e in enumerate(self.ids.flatten().tolist()):
             if e >= 0:
                 self.pairs.setdefault(e, []).append(i)
-        self.rows = self.x.repeat_interleave(k, 0)
-        self.parts = torch.zeros(t * k, self.x.shape[1])
         busy = {(self.layer, e) for e in self.pairs}
-        on_device = self._on_device()
+        vram = self.store.vram
+        on_device = [e for e in self.pairs if vram is not None and vram.touch((self.layer, e))]
+        self.elsewhere = [e for e in self.pairs if e not in on_device]
         hits, missing = self._sort_out()
+        # Of this layer's guesses those are left that were wrong: they must not delay a read.
+        self.store.drop_guesses(self.layer)
         try:
             self.begin_reads(missing)
+            if meanwhile is not None:
+                meanwhile()
+            self.rows = self.x.repeat_interleave(k, 0)
+            self.parts = torch.zeros(t * k, self.x.shape[1])
+            pending = self._launch(on_device)
             self._compute(hits)
             while self.reads:
                 read = self.next_landed(block=True)
@@ -111,22 +118,18 @@ class Few(_Work):
                 self.begin_reads(missing)
         finally:
             self.abandon()
-        if on_device is not None:
-            on_device.collect(self.parts)
+        if pending is not None:
+            pending.collect(self.parts)
         self._promote(busy)
         return self._combined()
 
-    def _on_device(self) -> Pending | None:
-        """Start what the device has; the rest is left in `pairs`' order for the other tiers."""
-        vram, self.elsewhere = self.store.vram, list(self.pairs)
-        if vram is None:
+    def _launch(self, on_device: list[int]) -> Pending | None:
+        """Start what the device has."""
+        self.store.meters.vram_hits += len(on_device)
+        if self.store.vram is None or not on_device:
             return None
-        mine = [e for e in self.pairs if vram.touch((self.layer, e))]
-        self.store.meters.vram_hits += len(mine)
-        if not mine:
-            return None
-        self.elsewhere = [e for e in self.pairs if e not in mine]
-        return vram.launch(self.layer, self.rows, {e: self.pairs[e] for e in mine})
+        pairs = {e: self.pairs[e] for e in on_device}
+        return self.store.vram.launch(self.layer, self.rows, pairs)
 
     def _promote(self, busy: Collection[Key]) -> None:
         """Experts that were wanted often enough and lie in RAM now are copied to the device."""

@@ -7,9 +7,10 @@ routing and no attention. Built by `engine` and `api`, called by `model` once pe
 from __future__ import annotations
 
 import ctypes
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from typing import Final, Protocol, TypeAlias
+from typing import Final, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -29,38 +30,61 @@ BATCH_PAIRS: Final = 512
 Watcher: TypeAlias = Callable[[int, torch.Tensor], None]
 
 
-class Store(Protocol):
+class Store(ABC):
     """What the mixture layers see: `ExpertStore` (all in RAM) or `tiered.TieredStore`."""
 
     meters: Meters
+    _watcher: Watcher | None = None
 
     @property
+    @abstractmethod
     def nbytes(self) -> dict[str, int]:
         """Bytes held, by tier."""
 
     @property
     def notes(self) -> list[str]:
         """What the user should know about how it runs."""
+        return []
 
     @property
     def wants_guesses(self) -> bool:
         """Whether `expect` would do anything now."""
+        return False
 
+    @abstractmethod
     def resident(self, layer: int) -> bool:
         """Whether all experts of the layer lie in RAM for good, so that `mlps` may be called."""
 
+    @abstractmethod
     def mlps(self, layer: int) -> tuple[ctypes.Array[kernels.Mlp], object]:
         """The experts of a resident layer for the kernels, and what must live meanwhile."""
 
     def watch(self, watcher: Watcher | None) -> None:
-        """Tell `watcher(layer, ids (T, K))` about every step's choices; None: nobody."""
+        """Tell `watcher(layer, ids (T, K) int32)` about every step's choices; None: nobody."""
+        self._watcher = watcher
 
-    def expect(self, layer: int, ids: torch.Tensor) -> None:
-        """ids (T, K): experts that `layer`, which comes next, will probably choose."""
+    def expect(self, layer: int, ids: torch.Tensor) -> None:  # noqa: B027
+        """ids (N,): what `layer`, which comes next, will probably choose, likeliest first."""
 
-    def run(self, layer: int, x: torch.Tensor, ids: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        """x (T, D) f32, ids (T, K) int, w (T, K) f32 -> (T, D) f32: sum over K of w * expert(x)."""
+    @abstractmethod
+    def run(
+        self,
+        layer: int,
+        x: torch.Tensor,
+        ids: torch.Tensor,
+        w: torch.Tensor,
+        *,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> torch.Tensor:
+        """x (T, D) f32, ids (T, K) int, w (T, K) f32 -> (T, D) f32: sum over K of w * expert(x).
 
+        A row sums its experts in ascending order, whatever the other rows chose. With the kernels
+        its bits do not depend on its company up to 8 rows; 4- and 8-bit experts then meet x rounded
+        to 8 bits per 64 columns. An id of -1 leaves its entry out. `meanwhile` is called while the
+        first reads are under way, if there may be any.
+        """
+
+    @abstractmethod
     def sweep(
         self,
         layer: int,
@@ -70,10 +94,13 @@ class Store(Protocol):
         *,
         cancel: Callable[[], bool] | None = None,
     ) -> torch.Tensor:
-        """As `run`, for the rows of a long prompt: every expert is read once, in file order."""
+        """As `run`, for the rows of a long prompt: every expert is read once, in file order.
 
-    def close(self) -> None:
-        """Let go of threads and files."""
+        `cancel` is asked between experts; CancelledError when it says so.
+        """
+
+    def close(self) -> None:  # noqa: B027
+        """Let go of threads and files; the store cannot be used afterwards."""
 
 
 class RamTier:
@@ -106,7 +133,7 @@ class RamTier:
         return self._mlps[layer]
 
 
-class ExpertStore:
+class ExpertStore(Store):
     """All experts in RAM."""
 
     def __init__(self, weights: Weights, *, on_progress: OnProgress | None = None) -> None:
@@ -115,9 +142,6 @@ class ExpertStore:
         check_memory(weights.nbytes)
         self.ram = RamTier()
         self.meters = Meters()
-        self.wants_guesses = False
-        """Whether `expect` is of use: False while every expert lies in RAM."""
-        self._watcher: Watcher | None = None
         layers = [spec.index for spec in config.layers if spec.mlp == "moe"]
         total = weights.expert_nbytes if layers else 0
         for layer in layers:
@@ -127,27 +151,12 @@ class ExpertStore:
 
     @property
     def nbytes(self) -> dict[str, int]:
-        """Bytes held, by tier."""
+        """All of them."""
         return {"ram": self.ram.nbytes}
 
     def resident(self, layer: int) -> bool:
-        """Whether all experts of the layer lie in RAM for good, so that `mlps` may be called."""
+        """Always, unless somebody watches: a call of all layers tells nobody what they choose."""
         return self._watcher is None and layer in self.ram
-
-    @property
-    def notes(self) -> list[str]:
-        """Nothing to say."""
-        return []
-
-    def close(self) -> None:
-        """Nothing to do."""
-
-    def watch(self, watcher: Watcher | None) -> None:
-        """Tell `watcher(layer, ids (T, K) int32)` about every step's choices; None: nobody."""
-        self._watcher = watcher
-
-    def expect(self, layer: int, ids: torch.Tensor) -> None:
-        """A guess of what `layer`, the next one to be run, will choose: ids (T, K) int32."""
 
     def sweep(
         self,
@@ -158,10 +167,7 @@ class ExpertStore:
         *,
         cancel: Callable[[], bool] | None = None,
     ) -> torch.Tensor:
-        """As `run`, bit for bit, for the rows of a long prompt.
-
-        `cancel` is asked between experts; CancelledError when it says so.
-        """
+        """The bits of `run`, BATCH_PAIRS at a time."""
         if self._watcher is not None:
             self._watcher(layer, ids)
         x, ids, w = x.contiguous(), ids.to(torch.int32).contiguous(), w.contiguous()
@@ -183,16 +189,19 @@ class ExpertStore:
         return out
 
     def mlps(self, layer: int) -> tuple[ctypes.Array[kernels.Mlp], object]:
-        """The experts of one layer for the kernels, and what must live as long as they are used."""
+        """Addresses of the experts of one layer, and their owner."""
         return self.ram.mlps(layer), self.ram
 
-    def run(self, layer: int, x: torch.Tensor, ids: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        """x (T, D) f32, ids (T, K) int, w (T, K) f32 -> (T, D) f32: sum over K of w * expert(x).
-
-        A row sums its experts in ascending order, whatever the other rows chose. With the kernels
-        its bits do not depend on its company up to 8 rows; 4- and 8-bit experts then meet x rounded
-        to 8 bits per 64 columns. An id of -1 leaves its entry out.
-        """
+    def run(
+        self,
+        layer: int,
+        x: torch.Tensor,
+        ids: torch.Tensor,
+        w: torch.Tensor,
+        *,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> torch.Tensor:
+        """One fused call; nothing is read, and nothing happens `meanwhile`."""
         if self._watcher is not None:
             self._watcher(layer, ids)
         native = kernels.get()

@@ -25,7 +25,7 @@ from mimo_local.experts.prefetch import Trial
 from mimo_local.experts.pressure import Pressure
 from mimo_local.experts.ram import RamTier
 from mimo_local.experts.steps import Few, InOrder
-from mimo_local.experts.store import Watcher
+from mimo_local.experts.store import Store
 from mimo_local.experts.vram import VramTier
 from mimo_local.settings import Prefetch
 from mimo_local.weights import PackWeights
@@ -48,7 +48,7 @@ def quotas(layers: Sequence[int]) -> Callable[[int], ExpertPolicy]:
     return partial(PerLayer, layers=layers, make=partial(AgedFrequency, half_life=8))
 
 
-class TieredStore:
+class TieredStore(Store):
     """What the mixture layers see when the experts do not all fit."""
 
     def __init__(
@@ -79,8 +79,7 @@ class TieredStore:
         self.vram = vram
         self.trial = Trial()
         self._prefetch: Prefetch = prefetch
-        self._first = layers[0]
-        self._watcher: Watcher | None = None
+        self._first, self._last = layers[0], layers[-1]
         self._ahead: dict[Key, Read] = {}
         self._orphans: list[Read] = []
         self._step_s, self._step_rows = 0.0, 0
@@ -89,13 +88,13 @@ class TieredStore:
 
     @property
     def nbytes(self) -> dict[str, int]:
-        """Bytes held, by tier."""
+        """Of RAM and VRAM what is in use, of the disk all experts there are."""
         held = {"ram": self.ram.nbytes, "disk": self.disk.nbytes}
         return held if self.vram is None else {"vram": self.vram.nbytes, **held}
 
     @property
     def notes(self) -> list[str]:
-        """What the user should know about how it runs."""
+        """Reads through the page cache; a tier that had to shrink."""
         return [*self.disk.notes, *self.pressure.notes]
 
     def resident(self, layer: int) -> bool:
@@ -106,15 +105,18 @@ class TieredStore:
         """Not for layers that are not resident."""
         raise ValueError(f"the experts of layer {layer} do not all lie in RAM")
 
-    def watch(self, watcher: Watcher | None) -> None:
-        """Tell `watcher(layer, ids (T, K) int32)` about every step's choices; None: nobody."""
-        self._watcher = watcher
+    def run(
+        self,
+        layer: int,
+        x: torch.Tensor,
+        ids: torch.Tensor,
+        w: torch.Tensor,
+        *,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> torch.Tensor:
+        """The bits of `ExpertStore.run`, experts in VRAM excepted.
 
-    def run(self, layer: int, x: torch.Tensor, ids: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        """x (T, D) f32, ids (T, K) int, w (T, K) f32 -> (T, D) f32: sum over K of w * expert(x).
-
-        The same bits as `ExpertStore.run`, experts in VRAM excepted. PackError if an expert cannot
-        be read: nothing was computed from it, and the store goes on working.
+        PackError if an expert cannot be read: nothing was computed from it, and the store goes on.
         """
         start = time.perf_counter()
         if self._watcher is not None:
@@ -125,13 +127,15 @@ class TieredStore:
         x = x.contiguous()
         try:
             if x.shape[0] <= FEW_ROWS:
-                return Few(self, layer, x, ids, w).run()
+                return Few(self, layer, x, ids, w).run(meanwhile)
             keep = x.shape[0] <= KEEP_ROWS
             return InOrder(self, layer, x, ids, w, keep=keep, cancel=None).run()
         finally:
-            self._drop_guesses(layer)
+            self.drop_guesses(layer)
             self.meters.disk_bytes = self.disk.bytes_read
             self._step_s += time.perf_counter() - start
+            if layer == self._last:
+                self._end_step()
 
     def sweep(
         self,
@@ -142,18 +146,15 @@ class TieredStore:
         *,
         cancel: Callable[[], bool] | None = None,
     ) -> torch.Tensor:
-        """As `run`, for the rows of a long prompt: every expert is read once, in file order.
-
-        What it reads is not kept where it would push something out. `cancel` is asked between
-        experts; CancelledError when it says so.
-        """
+        """What it reads is not kept where it would push something out."""
         if self._watcher is not None:
             self._watcher(layer, ids)
+        self._heed_pressure()  # a long prompt is one step of many seconds
         before = self.disk.bytes_read
         try:
             return InOrder(self, layer, x.contiguous(), ids, w, keep=False, cancel=cancel).run()
         finally:
-            self._drop_guesses(layer)
+            self.drop_guesses(layer)
             self.meters.disk_bytes = self.disk.bytes_read
             self.meters.sweep_bytes += self.disk.bytes_read - before
 
@@ -161,17 +162,15 @@ class TieredStore:
 
     @property
     def wants_guesses(self) -> bool:
-        """Whether `expect` would do anything now."""
+        """By the settings, or by what the last trial found."""
         return self._prefetch == "on" or (self._prefetch == "auto" and self.trial.on)
 
     def expect(self, layer: int, ids: torch.Tensor) -> None:
-        """ids (T, K): experts that `layer`, which comes next, will probably choose."""
+        """They are read after everything else, AHEAD at most; wrong ones are dropped."""
         self._reclaim()
-        wanted = [e for e in dict.fromkeys(ids.flatten().tolist()) if e >= 0]
-        for e in wanted:
+        for e in dict.fromkeys(ids.flatten().tolist()):
             key = (layer, e)
-            # The ring's first half belongs to what is missing now.
-            if len(self._ahead) >= AHEAD or self.ram.ring_left <= self.chosen:
+            if len(self._ahead) >= AHEAD or not self.ram.ring_left:
                 return
             if key in self.ram or key in self._ahead:
                 continue
@@ -183,14 +182,15 @@ class TieredStore:
         """A read begun on a guess that came true: it belongs to the caller now."""
         return self._ahead.pop(key, None)
 
-    def _drop_guesses(self, layer: int) -> None:
+    def drop_guesses(self, layer: int) -> None:
+        """Of the guesses for `layer` those nobody claimed: they were wrong."""
         for key in [key for key in self._ahead if key[0] == layer]:
             self.discard(self._ahead.pop(key))
             self.meters.prefetch_wasted += 1
 
     def discard(self, read: Read) -> None:
         """Nobody needs this read any more: its slot goes back as soon as nothing writes there."""
-        if self.disk.forget(read) or read.landed:
+        if self.disk.forget(read):
             self.ram.give_back(read.slot)
         else:
             self._orphans.append(read)
@@ -216,9 +216,15 @@ class TieredStore:
         self.ram.policy.end_of_step()
         if self.vram is not None:
             self.vram.end_of_step()
-        if self._step_s and self._prefetch == "auto" and self._step_rows <= FEW_ROWS:
-            self.trial.observe(self._step_s, self._step_rows)
         self._step_s, self._step_rows = 0.0, rows
+        self._heed_pressure()
+
+    def _end_step(self) -> None:
+        # Here, because the next step's first guesses come before its first layer.
+        if self._prefetch == "auto" and self._step_rows <= FEW_ROWS:
+            self.trial.observe(self._step_s, self._step_rows)
+
+    def _heed_pressure(self) -> None:
         wish = self.pressure.wish()
         if wish is not None:
             self.meters.evictions += self.ram.resize(wish)
@@ -229,7 +235,7 @@ class TieredStore:
         self.meters.evictions += self.ram.resize(budget)
 
     def close(self) -> None:
-        """Stop reading; the store cannot be used afterwards."""
+        """Stop reading."""
         self.disk.close()
 
     def __del__(self) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from mimo_local.hardware import Hardware
+from mimo_local.kernels import REFERENCE
 from mimo_local.plan.placement import RAM_RESERVE, RAM_SHARE
 from mimo_local.plan.rates import CORE_FLOPS, SLOW_FLOPS, Calibration
 from mimo_local.plan.types import Budget
@@ -35,6 +36,7 @@ def whole_machine(facts: Hardware, calibration: Calibration | None = None) -> Bu
         vram=facts.vram,
         cores=min(facts.cores_physical, facts.cores_usable),
         core_flops=CORE_FLOPS.get(facts.kernels, SLOW_FLOPS),
+        native=facts.kernels != REFERENCE,
         calibration=calibration,
     )
 
@@ -62,6 +64,7 @@ def free_now(
         vram=free if vram is None else min(vram, free),
         cores=min(facts.cores_physical, facts.cores_usable),
         core_flops=CORE_FLOPS.get(facts.kernels, SLOW_FLOPS),
+        native=facts.kernels != REFERENCE,
         pack_present=True,
         reserve=reserve,
         calibration=calibration,

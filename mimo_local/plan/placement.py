@@ -11,7 +11,15 @@ from dataclasses import replace
 from mimo_local.config import ModelConfig
 from mimo_local.plan.types import DRAFTER, Budget, Placement, Problem, Row
 from mimo_local.settings import Draft
-from mimo_local.sizes import GB, PackSizes, activation_bytes, gb, hidden_bytes, kv_bytes
+from mimo_local.sizes import (
+    GB,
+    PackSizes,
+    activation_bytes,
+    gb,
+    hidden_bytes,
+    kv_bytes,
+    restart_bytes,
+)
 from quant.recipe import Recipe
 
 VRAM_RESERVE = 2_500_000_000  # CUDA context, workspaces, the desktop's own use
@@ -34,7 +42,8 @@ def reserve_of(budget: Budget) -> int:
 def fitting_context(config: ModelConfig, sizes: PackSizes, budget: Budget, itemsize: int) -> int:
     """Tokens of context when nobody asked for a number: 32k, halved until it fits easily."""
     limit = min(config.max_context, DEFAULT_CONTEXT)
-    room = budget.ram - reserve_of(budget) - activation_bytes(config) - sizes.resident
+    work = activation_bytes(config, native=budget.native) + restart_bytes(config, itemsize)
+    room = budget.ram - reserve_of(budget) - work - sizes.resident
     while limit > SMALLEST_CONTEXT and CONTEXT_SHARE * kv_bytes(config, limit, itemsize) > room:
         limit = max(SMALLEST_CONTEXT, limit // 2)
     return limit
@@ -59,8 +68,9 @@ def place(
     parts = {"routers, norms": sizes.exact, KV: kv, "attention": sizes.attention}
     parts |= {"dense layers": sizes.dense, "output head": sizes.head, EMBEDDING: sizes.embedding}
     parts = {name: nbytes for name, nbytes in parts.items() if nbytes}
-    work, reserve = activation_bytes(config), reserve_of(budget)
-    vram, ram = max(0, budget.vram - VRAM_RESERVE), budget.ram - reserve - work
+    work, reserve = activation_bytes(config, native=budget.native), reserve_of(budget)
+    restarts = restart_bytes(config, kv_itemsize)
+    vram, ram = max(0, budget.vram - VRAM_RESERVE), budget.ram - reserve - work - restarts
     in_vram, in_ram, on_disk = dict[str, int](), dict[str, int](), dict[str, int]()
     for name, nbytes in parts.items():
         if gpu_dense and nbytes <= vram and name != EMBEDDING:
@@ -89,7 +99,8 @@ def place(
     return replace(
         found,
         context=context, kv_itemsize=kv_itemsize,
-        vram=in_vram, ram=in_ram, disk=on_disk, work=work, reserve=reserve,
+        vram=in_vram, ram=in_ram, disk=on_disk, work=work, restarts=restarts,
+        reserve=reserve,
         hidden_bytes=hidden,
         hidden_budget=most,
         hidden_tokens=most // max(1, hidden_bytes(config, 1)),
@@ -113,7 +124,7 @@ def _experts(config: ModelConfig, sizes: PackSizes, vram: int, ram: int) -> Plac
         if in_ram == left:
             copies = max(0, min(in_vram, ram // slot - in_ram))
     return Placement(
-        context=0, kv_itemsize=0, vram={}, ram={}, disk={}, work=0, reserve=0,
+        context=0, kv_itemsize=0, vram={}, ram={}, disk={}, work=0, restarts=0, reserve=0,
         hidden_bytes=0, hidden_budget=0, hidden_tokens=0,
         vram_experts=in_vram, ram_experts=in_ram, disk_experts=sizes.experts - in_vram - in_ram,
         copies=copies, staging_slots=staging, ram_slot=slot,
@@ -196,6 +207,8 @@ def rows(sizes: PackSizes, found: Placement) -> tuple[Row, ...]:
         vram, ram, disk = (tier.get(name, 0) for tier in (found.vram, found.ram, found.disk))
         runs = not vram and name not in (MTP, DRAFT_HEAD)
         lines.append(Row(name, vram + ram + disk, vram, ram, disk, runs))
+    if found.restarts:
+        lines.append(Row("restart points", found.restarts, ram=found.restarts))
     lines.append(Row("activations", found.work, ram=found.work))
     if found.hidden_bytes:
         lines.append(Row("hidden states", found.hidden_bytes, ram=found.hidden_bytes))

@@ -35,6 +35,8 @@ class Budget:
     """Names of the rates that were measured here: "ram", "disk"."""
     given: tuple[str, ...] = ()
     """Names of those somebody typed."""
+    native: bool = True
+    """The native kernels multiply weights as they are; without them products unpack a matrix."""
     pack_present: bool = False
     """The pack is already on this disk: its bytes need no free space."""
     reserve: int | None = None
@@ -67,6 +69,8 @@ class Placement:
     disk: Mapping[str, int]
     work: int
     """Activations of one chunk of rows."""
+    restarts: int
+    """Copies of sliding layers' keys and values that a session can return to."""
     reserve: int
     hidden_bytes: int
     """RAM for the hidden states of a long prompt."""
@@ -114,9 +118,9 @@ class Prefill:
     parts: int
     seconds: float
     bound: str
-    """What takes longest: "disk", "RAM", "PCIe" or "arithmetic"; the others hide behind it."""
+    """What takes longest: "disk", "PCIe" or "arithmetic"; the others hide behind it."""
     limits: Mapping[str, float]
-    """Seconds each of them needs alone."""
+    """Seconds each of them needs alone; without a GPU also "the rest", which nothing hides."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +204,15 @@ class Plan:
         """RAM besides the main model: keys and values, drafting, activations, long prompts."""
         found = self.placement
         drafter = sum(found.ram.get(name, 0) for name in DRAFTER)
-        return found.ram.get("KV cache", 0) + drafter + found.work + found.hidden_bytes
+        kept = found.ram.get("KV cache", 0) + found.restarts
+        return kept + drafter + found.work + found.hidden_bytes
+
+    @property
+    def ram_bytes(self) -> int:
+        """Most RAM the model takes by this plan: the budget, less what no further expert fits."""
+        counted = ("KV cache", *DRAFTER)
+        parts = sum(n for name, n in self.placement.ram.items() if name not in counted)
+        return parts + self.spare_bytes + self.expert_ram_bytes
 
     @property
     def staging_slots(self) -> int:

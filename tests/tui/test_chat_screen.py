@@ -9,12 +9,13 @@ from stage import LARGE, SMALL, Gated, SlowReader, chunks, staged
 from textual.widgets import Markdown
 
 from mimo_local.errors import ContextOverflowError, PackError
-from mimo_local.events import Progress
+from mimo_local.events import ExpertFigures, Progress
 from tui.bridge import ChatDefaults
 from tui.screens.help import HelpScreen
 from tui.widgets.answer import Answer, Thinking
 from tui.widgets.loading import LoadPanel
 from tui.widgets.status import StatusLine
+from tui.widgets.tiers import TierMeters
 from tui.widgets.transcript import UserMessage
 
 SIZES = pytest.mark.parametrize("size", [SMALL, LARGE], ids=["80x24", "120x40"])
@@ -581,3 +582,43 @@ async def test_several_turns_stay_in_order() -> None:
         roles = [m.role for m in stage.screen.chat.messages]
         assert roles == ["user", "assistant"] * 3
         assert len(stage.screen.query(Answer)) == len(stage.screen.query(UserMessage)) == 3
+
+
+# ---- where experts come from ---------------------------------------------------------------------
+
+
+FIGURES = ExpertFigures(
+    wanted=200, vram_hits=20, ram_hits=110, staged_hits=10, misses=60,
+    disk_bytes=3_000_000_000, ram_bytes=12_000_000_000, vram_bytes=4_000_000_000,
+)  # fmt: skip
+
+
+@SIZES
+async def test_meters_of_the_tiers_run_with_the_answer(size) -> None:
+    engine = Gated(["a", " b", " c"], at=3)
+    async with staged(engine, size=size) as stage:
+        meters = stage.screen.query_one(TierMeters)
+        assert not meters.display, "nothing asked yet"
+        engine.experts = FIGURES
+        await stage.send("go")
+        await stage.until(lambda: "ahead 5%" in stage.text())
+        assert stage.screen.state == "answering"
+        line = next(text for text in stage.text().splitlines() if "held" in text)
+        assert "VRAM 10% · RAM 55% · ahead 5% · disk 30%" in line
+        assert line.endswith("16.0 GB held")
+        assert ("██▓▓▓▓▓▓▓▓▒░░░░░" in line) == (size == LARGE)
+        engine.gate.set()
+        await stage.idle()
+        assert "disk 30% · 1.5 GB a token" in stage.text(), "two tokens after the first"
+
+
+async def test_a_model_in_ram_has_no_meters() -> None:
+    engine = Gated(["a", " b", " c"], at=3)
+    async with staged(engine) as stage:
+        await stage.send("go")
+        await stage.until(lambda: "answering" in stage.text())
+        assert not stage.screen.query_one(TierMeters).display
+        assert "held" not in stage.text()
+        engine.gate.set()
+        await stage.idle()
+        assert not stage.screen.query_one(TierMeters).display

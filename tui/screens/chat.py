@@ -10,7 +10,6 @@ import asyncio
 import contextvars
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from textual import on
@@ -35,6 +34,7 @@ from tui.messages import (
     Reading,
     Ready,
     Submitted,
+    Tiers,
 )
 from tui.screens.help import HelpScreen
 from tui.widgets.answer import Answer
@@ -43,19 +43,10 @@ from tui.widgets.hints import CommandHints
 from tui.widgets.loading import LoadPanel
 from tui.widgets.prompt import Prompt
 from tui.widgets.status import StatusLine, TitleBar
-from tui.widgets.transcript import ErrorBox, Transcript, UserMessage
+from tui.widgets.tiers import TierMeters
+from tui.widgets.transcript import ErrorBox, Transcript, Turn, UserMessage
 
 State = Literal["loading", "idle", "answering", "failed"]
-
-
-@dataclass
-class Turn:
-    """The turn being answered, or the last one."""
-
-    asked: UserMessage
-    answer: Answer
-    prompt_tokens: int = 0
-    attempt: int = 0
 
 
 class ChatScreen(Screen[None]):
@@ -90,6 +81,7 @@ class ChatScreen(Screen[None]):
         with Transcript(id="transcript"):
             yield LoadPanel()
         yield CommandHints()
+        yield TierMeters()
         yield StatusLine()
         yield Prompt(presets=tuple(PRESETS), id="prompt")
         yield Footer(show_command_palette=True)
@@ -238,6 +230,10 @@ class ChatScreen(Screen[None]):
         self._say(answering_line(message.pace))
         self.query_one(StatusLine).used = self._turn.prompt_tokens + message.pace.tokens
 
+    @on(Tiers)
+    def _tiers(self, message: Tiers) -> None:
+        self.query_one(TierMeters).show(message.experts, message.disk_bytes_per_token)
+
     @on(AnswerDone)
     async def _done(self, message: AnswerDone) -> None:
         turn, stats = self._turn, message.stats
@@ -248,6 +244,7 @@ class ChatScreen(Screen[None]):
             await self._take_back("stopped before the first word")
             return
         self._stats = stats
+        self.query_one(TierMeters).show(stats.experts, stats.disk_bytes_per_token)
         foot = answer_foot(message.reason, stats, message.pace)
         await turn.answer.finish(foot, message.pace)
         self.query_one(StatusLine).used = stats.context_used or turn.prompt_tokens

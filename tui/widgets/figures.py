@@ -120,10 +120,33 @@ def drafts_row(d: DraftFigures) -> str:
     return row + (f" · {d.note}" if d.note else "")
 
 
+def tiers_of(e: ExpertFigures) -> tuple[tuple[str, str, int], ...]:
+    """(name, sign, experts that came from there), from the fastest tier to the slowest."""
+    return (
+        ("VRAM", "█", e.vram_hits),
+        ("RAM", "▓", e.ram_hits),
+        ("ahead", "▒", e.staged_hits),
+        ("disk", "░", e.misses),
+    )
+
+
+def tier_shares(e: ExpertFigures) -> str:
+    """`RAM 62% · disk 38%`; nothing if no expert was asked for."""
+    return " · ".join(f"{name} {percent(n, e.wanted)}%" for name, _, n in tiers_of(e) if n)
+
+
+def tier_bar(e: ExpertFigures, width: int) -> str:
+    """The same as signs that need no colour, `width` of them; nothing if there is nothing."""
+    bar, before = "", 0
+    for _, sign, n in tiers_of(e):
+        before += n
+        bar += sign * (round(width * before / e.wanted) - len(bar)) if e.wanted else ""
+    return bar
+
+
 def experts_row(stats: Stats, e: ExpertFigures) -> str:
     """Where the experts came from: hits per tier, bytes from disk, memory of the tiers."""
-    tiers = {"VRAM": e.vram_hits, "RAM": e.ram_hits, "read ahead": e.staged_hits, "disk": e.misses}
-    shares = " · ".join(f"{name} {percent(n, e.wanted)}%" for name, n in tiers.items() if n)
+    shares = tier_shares(e)
     per_token = amount(round(stats.disk_bytes_per_token), 0, "bytes")
     memory = amount(e.ram_bytes + e.vram_bytes, 0, "bytes")
     row = f"experts   {shares or 'none asked for'} · {per_token} from disk a token · {memory} held"

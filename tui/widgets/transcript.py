@@ -5,6 +5,8 @@ Follows new text until the user scrolls up, and again once the user is back at t
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from textual.app import ComposeResult
 from textual.containers import Vertical, VerticalScroll
 from textual.content import Content
@@ -12,6 +14,7 @@ from textual.widget import Widget
 from textual.widgets import Static
 
 from tui.messages import Problem
+from tui.widgets.answer import Answer
 from tui.widgets.figures import plain
 
 
@@ -53,6 +56,16 @@ class UserMessage(Vertical):
         """Who, then the words."""
         yield Static("You", classes="who")
         yield Static(Content(plain(self.text)), classes="words")
+
+
+@dataclass
+class Turn:
+    """The turn being answered, or the last one."""
+
+    asked: UserMessage
+    answer: Answer
+    prompt_tokens: int = 0
+    attempt: int = 0
 
 
 class Note(Static):
