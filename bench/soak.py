@@ -31,6 +31,8 @@ from mimo_local.events import Done, Failed, Token
 from mimo_local.sampler import SamplingParams
 from mimo_local.settings import Settings
 
+LEAST = 8
+"""Requests, however slow the machine is."""
 LONGEST = 24
 """Tokens of an answer, at most."""
 KINDS = ("go on", "go on", "go on", "edit", "regenerate", "anew", "long")
@@ -164,7 +166,9 @@ def run(
             loaded = watch.process.memory_info().rss
             mixed, start, minute = Load(engine, seed), time.monotonic(), 0
             mixed.one(mixed.ids(mixed.most), whole=True)  # as long as the plan has room for
-            while (elapsed := time.monotonic() - start) < seconds:
+            while (
+                elapsed := time.monotonic() - start
+            ) < seconds or mixed.counts.total() < 2 * LEAST:
                 mixed.one()
                 if elapsed >= 60 * minute:
                     share = (watch.peak - watch.base) / found.planned

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from mimo_local.errors import (
     CancelledError,
@@ -23,69 +23,35 @@ from mimo_local.errors import (
     NotEnoughMemoryError,
     UsageError,
 )
-from mimo_local.events import Done, Failed, FinishReason, Prefill, Progress, Stats, Token
+from mimo_local.events import (
+    Done,
+    DraftFigures,
+    Failed,
+    FinishReason,
+    Prefill,
+    Progress,
+    Stats,
+    Token,
+)
 from mimo_local.experts.meters import figures
 from mimo_local.sampler import Sampler, SamplingParams
-from mimo_local.sizes import RESTARTS
+from mimo_local.session import MAX_SNAPSHOTS, Session
 from mimo_local.stream import NO_ID, Stream, TextOutput
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mimo_local.cache import KVCache, Snapshot
+    from mimo_local.cache import KVCache
     from mimo_local.config import ModelConfig
     from mimo_local.events import ExpertFigures
     from mimo_local.experts.meters import Meters
+    from mimo_local.generate import Drafting
     from mimo_local.model import Model
     from mimo_local.runs import Recorder
     from mimo_local.settings import Settings
     from mimo_local.tokenizer import Tokenizer
 
 __all__ = ["MAX_SNAPSHOTS", "Engine", "Session", "Stream"]
-
-MAX_SNAPSHOTS: Final = RESTARTS
-"""Restart points kept per session: a copy of the rings each, 26 MB for the real model."""
-
-
-class Session:
-    """One conversation's ids and cache; between answers the two always agree.
-
-    Not for two threads at once: while an answer runs, the engine's thread owns it.
-    """
-
-    def __init__(self, new_cache: Callable[[], KVCache]) -> None:
-        self.ids: list[int] = []
-        """The ids whose keys and values the cache holds."""
-        self.cache = new_cache()
-        self._snapshots: list[Snapshot] = []
-
-    def common_prefix(self, ids: Sequence[int]) -> int:
-        """How many leading ids the cache already holds."""
-        for n, (mine, other) in enumerate(zip(self.ids, ids, strict=False)):
-            if mine != other:
-                return n
-        return min(len(self.ids), len(ids))
-
-    def rewind(self, n: int) -> None:
-        """Go back to at most `n` ids, as few less as possible: cut, else a snapshot, else empty."""
-        n = min(n, len(self.ids))
-        if self.cache.can_truncate(n):
-            self.cache.truncate(n)
-        else:
-            usable = [s for s in self._snapshots if s.length <= n and not s.stale]
-            best = max(usable, key=lambda s: s.length, default=None)
-            if best is None:
-                self.cache.clear()
-            else:
-                self.cache.restore(best)
-        del self.ids[self.cache.length :]
-        self._snapshots = [s for s in self._snapshots if not s.stale]
-
-    def remember(self) -> None:
-        """Make the present end a point `rewind` can return to from anywhere later."""
-        here = self.cache.length
-        if here and all(s.length != here for s in self._snapshots):
-            self._snapshots = [*self._snapshots[1 - MAX_SNAPSHOTS :], self.cache.snapshot()]
 
 
 @dataclass
@@ -118,10 +84,11 @@ class Engine:
         new_cache: Callable[[], KVCache] | None = None,
         kernel: str = "",
         recorder: Recorder | None = None,
+        drafting: Drafting | None = None,
     ) -> None:
         """`new_cache`: how sessions keep keys and values; by default the model's own way.
 
-        `recorder`: told what each answer took.
+        `recorder`: told what each answer took. `drafting`: for caches that have its part.
         """
         self.name, self.description, self.kernel = name, description, kernel
         self.tokenizer, self.context_limit = tokenizer, context_limit
@@ -133,6 +100,7 @@ class Engine:
         self._new_cache = new_cache or model.new_cache
         self._recorder = recorder
         self._meters: Meters | None = None
+        self._drafting = drafting
         self._work: deque[_Request | tuple[Future[Tensor], list[int]]] = deque()
         self._ready = threading.Condition()
         self._closing = False
@@ -147,9 +115,14 @@ class Engine:
 
         An exception that `on_event` raises stops the load.
         """
+        from mimo_local.draft_control import DraftController
+        from mimo_local.generate import Drafting
         from mimo_local.loading import load  # brings torch, 2-3 s
 
         found = load(settings, on_event)
+        drafting = None
+        if found.drafter is not None:
+            drafting = Drafting(found.drafter, DraftController(len(found.drafter.layers)))
         return cls(
             found.model,
             name=found.name,
@@ -159,6 +132,7 @@ class Engine:
             new_cache=found.new_cache,
             kernel=found.kernel,
             recorder=found.recorder,
+            drafting=drafting,
         )
 
     def new_session(self) -> Session:
@@ -266,8 +240,15 @@ class Engine:
             context_limit=self.context_limit,
             cache_bytes=sum(request.session.cache.nbytes.values()),
             experts=figures(self._model.experts, request.meters),
+            draft=self._drafts(request),
             kernel=self.kernel,
         )
+
+    def _drafts(self, request: _Request) -> DraftFigures | None:
+        """Of the request that was just answered; none for one whose turn never came."""
+        if self._drafting is None or not request.started:
+            return None
+        return self._drafting.controller.report()
 
     # ---- the engine's own thread -----------------------------------------------------------------
 
@@ -328,6 +309,7 @@ class Engine:
             context_limit=self.context_limit,
             cancel=lambda: stream.cancelled.is_set() or self._closing,
             on_prefill=lambda done, total: self._report(request, done, total),
+            drafting=self._drafting,
         )
         reason: FinishReason | None = None
         while reason is None:

@@ -6,7 +6,7 @@ Local engine and remote endpoint send the same events. Imports nothing but the e
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 from mimo_local.errors import MimoError
@@ -73,6 +73,58 @@ class ExpertFigures:
 
 
 @dataclass(frozen=True, slots=True)
+class DraftFigures:
+    """What drafting did for an answer, for models with MTP layers."""
+
+    by_drafts: tuple[int, ...] = ()
+    """Passes of the model, by the number of drafts they verified."""
+    judged: tuple[int, ...] = ()
+    """Drafts that were looked at, by step: those before them had been right."""
+    accepted: tuple[int, ...] = ()
+    seconds: float = 0.0
+    """Of drafting and the model's passes."""
+    plain_s: float = 0.0
+    """Seconds a pass without drafts takes; 0 where none was made."""
+    note: str = ""
+    """Why it drafts as deep as it does."""
+
+    @classmethod
+    def none(cls, steps: int) -> DraftFigures:
+        """Before the first pass."""
+        return cls((0,) * (steps + 1), (0,) * steps, (0,) * steps)
+
+    @property
+    def passes(self) -> int:
+        """Passes of the model."""
+        return sum(self.by_drafts)
+
+    @property
+    def drafted(self) -> int:
+        """Drafts that were verified."""
+        return sum(n * count for n, count in enumerate(self.by_drafts))
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """Tokens a pass gave: the one it draws and the drafts that were right."""
+        return 1 + sum(self.accepted) / self.passes if self.passes else 0.0
+
+    def plus(self, drafts: int, judged: int, accepted: int, seconds: float) -> DraftFigures:
+        """With one more pass."""
+        return replace(
+            self,
+            by_drafts=_counted(self.by_drafts, drafts, drafts + 1),
+            judged=_counted(self.judged, 0, judged),
+            accepted=_counted(self.accepted, 0, accepted),
+            seconds=self.seconds + seconds,
+        )
+
+
+def _counted(counts: tuple[int, ...], a: int, b: int) -> tuple[int, ...]:
+    """One more in places a .. b."""
+    return tuple(n + (a <= i < b) for i, n in enumerate(counts))
+
+
+@dataclass(frozen=True, slots=True)
 class Stats:
     """Figures of one request."""
 
@@ -88,6 +140,8 @@ class Stats:
     """Bytes of this session's key/value cache."""
     experts: ExpertFigures | None = None
     """None where all experts lie in RAM."""
+    draft: DraftFigures | None = None
+    """None where nothing was drafted and nothing could be."""
     kernel: str = ""
     """`amx`, `avx512`, `avx_vnni`, `avx2`, `scalar`, or `reference (slow)`."""
 

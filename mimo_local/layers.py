@@ -75,8 +75,9 @@ def served(caches: list[KVCache], device: torch.device) -> bool:
 class Attention:
     """Grouped attention of one layer; queries, keys and values come from one product."""
 
-    def __init__(self, weights: Weights, spec: LayerSpec, config: ModelConfig) -> None:
-        prefix = f"model.layers.{spec.index}.self_attn."
+    def __init__(self, weights: Weights, spec: LayerSpec, config: ModelConfig, prefix: str) -> None:
+        """`prefix`: of the layer's tensors; `spec.index`: its number in the caches it is given."""
+        prefix += "self_attn."
         self.spec = spec
         self.qkv = stack([weights.linear(f"{prefix}{part}_proj.weight") for part in "qkv"])
         self.out = weights.linear(prefix + "o_proj.weight")
@@ -129,11 +130,10 @@ class Attention:
 class MLP:
     """down(silu(gate x) * up x)."""
 
-    def __init__(self, weights: Weights, spec: LayerSpec) -> None:
-        prefix = f"model.layers.{spec.index}.mlp."
-        self.gate = weights.linear(prefix + "gate_proj.weight")
-        self.up = weights.linear(prefix + "up_proj.weight")
-        self.down = weights.linear(prefix + "down_proj.weight")
+    def __init__(self, weights: Weights, prefix: str) -> None:
+        self.gate = weights.linear(prefix + "mlp.gate_proj.weight")
+        self.up = weights.linear(prefix + "mlp.up_proj.weight")
+        self.down = weights.linear(prefix + "mlp.down_proj.weight")
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x (T, D) -> (T, D)."""
@@ -161,17 +161,30 @@ class Layer:
     """Attention, then MLP or experts, each on the normed residual stream and added to it."""
 
     def __init__(
-        self, weights: Weights, spec: LayerSpec, config: ModelConfig, experts: Store
+        self,
+        weights: Weights,
+        spec: LayerSpec,
+        config: ModelConfig,
+        experts: Store | None,
+        *,
+        prefix: str | None = None,
+        post_norm: str = "post_attention_layernorm",
     ) -> None:
-        prefix = f"model.layers.{spec.index}."
+        """`prefix` and `post_norm`: names of the weights, where they are not those of layer N.
+
+        `experts`: None for a dense layer.
+        """
+        prefix = prefix or f"model.layers.{spec.index}."
         self.name = f"layers.{spec.index}"
         self.config = config
         self.input_norm = weights.tensor(prefix + "input_layernorm.weight")
-        self.post_norm = weights.tensor(prefix + "post_attention_layernorm.weight")
-        self.attention = Attention(weights, spec, config)
-        self.mlp: MLP | MoE = (
-            MLP(weights, spec) if spec.mlp == "dense" else MoE(weights, spec, config, experts)
-        )
+        self.post_norm = weights.tensor(f"{prefix}{post_norm}.weight")
+        self.attention = Attention(weights, spec, config, prefix)
+        self.mlp: MLP | MoE
+        if experts is None or spec.mlp == "dense":
+            self.mlp = MLP(weights, prefix)
+        else:
+            self.mlp = MoE(weights, spec, config, experts)
         self.following: Layer | None = None
         """The next layer with experts: what it will want is guessed while this one's are run."""
 

@@ -22,6 +22,7 @@ from mimo_local.experts.memory import available_memory
 from mimo_local.experts.opening import open_store
 from mimo_local.experts.store import Store
 from mimo_local.model import Model
+from mimo_local.mtp import Drafter
 from mimo_local.plan import Plan, here, plan
 from mimo_local.runs import Recorder
 from mimo_local.settings import Paths, Settings
@@ -47,6 +48,8 @@ class Loaded:
     tokenizer: Tokenizer | None
     new_cache: Callable[[], KVCache]
     kernel: str
+    drafter: Drafter | None
+    """None where the model has no MTP layers, or they do not fit, or nobody wants drafts."""
     plan: Plan | None
     """What was planned and predicted; None for a checkpoint."""
     recorder: Recorder | None
@@ -81,8 +84,15 @@ def load(settings: Settings, on_event: Callable[[Progress], None] | None = None)
     hidden = None if made is None else made.hidden_budget_bytes
     model = Model(weights, experts, hidden_budget=hidden, on_progress=on_event)
 
+    drafter = None
+    if weights.config.n_mtp_layers and settings.draft != "off" and (made is None or made.drafts):
+        drafter = Drafter(weights, model)
+
     def new_cache() -> KVCache:
-        return model.new_cache(dtype=dtype)
+        cache = model.new_cache(dtype=dtype)
+        if drafter is not None:
+            cache.draft = drafter.new_cache(dtype, cache.slack)
+        return cache
 
     return Loaded(
         model=model,
@@ -94,6 +104,7 @@ def load(settings: Settings, on_event: Callable[[Progress], None] | None = None)
         tokenizer=tokenizer,
         new_cache=new_cache,
         kernel=kernels.describe(),
+        drafter=drafter,
         plan=made,
         recorder=None if made is None else new_recorder(path, weights.config, made, experts),
     )
@@ -110,6 +121,7 @@ def make_plan(path: Path, weights: PackWeights, settings: Settings, dtype: torch
         here.free_now(facts, known, limit=settings.ram, vram=vram(settings.vram)),
         context=None if wish is None else min(wish, most),
         kv_itemsize=dtype.itemsize,
+        drafting=settings.draft,
     )
 
 

@@ -149,13 +149,10 @@ class Model:
             self._calls[dtype] = NativeLayers(kernels.loaded(), halves, dtype)
         return self._calls[dtype]
 
+    @torch.inference_mode()
     def _normed(self, x: torch.Tensor) -> torch.Tensor:
-        """x (T, D) -> its final norm (T, D), perhaps in place; torch takes 70 us for one row."""
-        native = kernels.get()
-        if native is None or x.device.type != "cpu":
-            return ops.rms_norm(x, self.norm, self.config.rms_eps)
-        (n, d), at = x.shape, x.data_ptr()
-        native.call("rms_norm", at, d, n, d, self.norm.data_ptr(), self.config.rms_eps, at, d)
+        """x (T, D) -> its final norm (T, D), in place."""
+        ops.norm_into(x, self.norm, self.config.rms_eps, x)
         return x
 
     def _check(self, segments: Sequence[Segment]) -> torch.Tensor:
@@ -186,13 +183,14 @@ class Model:
         self,
         segment: Segment,
         *,
+        tail: int = 1,
         chunk: int = 512,
         layer_major_from: int = prefill.LEAST_ROWS,
         how: prefill.How | None = None,
         on_progress: OnProgress | None = None,
         cancel: Cancel | None = None,
     ) -> torch.Tensor:
-        """Process a prompt -> hidden (1, D) of its last row.
+        """Process a prompt -> hidden (n, D) of its last `tail` rows, or of as many as there are.
 
         From `layer_major_from` rows on, if there are experts, layer by layer (`prefill.Reader`):
         `cancel` is asked between experts, and a prompt that is stopped or fails leaves the cache as
@@ -207,18 +205,19 @@ class Model:
                 self.layers, self.embedding, self.ropes, segment.cache, how,
                 on_progress=on_progress, cancel=cancel,
             )  # fmt: skip
-            return self._normed(reader.read(ids))
+            return self._normed(reader.read(ids, tail))
         if segment.positions.stop > self.config.max_context:
             self._check([segment])
-        hidden = None
+        kept: torch.Tensor | None = None
         for start in range(0, max(total, 1), chunk):
             part = Segment(ids[start : start + chunk], segment.cache)
             hidden = self._forward([part], None, cancel)
+            kept = (hidden if kept is None else torch.cat([kept, hidden]))[-tail:]
             if on_progress is not None:
                 done = start + part.ids.shape[0]
                 on_progress(Progress("reading the prompt", done, total, "tokens"))
-        assert hidden is not None
-        return hidden[-1:]
+        assert kept is not None
+        return kept
 
     @torch.no_grad()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -88,8 +88,10 @@ class Reader:
         self.on_progress = on_progress
 
     @torch.inference_mode()
-    def read(self, ids: torch.Tensor) -> torch.Tensor:
-        """Ids (T,) -> hidden (1, D) of the last row, before the final norm.
+    def read(self, ids: torch.Tensor, tail: int = 1) -> torch.Tensor:
+        """Ids (T,) -> hidden (n, D) of the last `tail` rows, before the final norm.
+
+        As many as the last pass has, if that is fewer.
 
         The cache has the rows of every finished pass afterwards. Raises CancelledError,
         DiskSpaceError, UsageError.
@@ -105,7 +107,8 @@ class Reader:
         # torch adds rows here and there: its threads would spin where the kernels' are needed.
         with ops.threads_for(1):
             for a, b in pieces(n, -(-n // room.passes)):
-                hidden = _Pass(self, ids[a:b], room.spilled, b == n, meter).run()
+                wanted = min(tail, b - a) if b == n else 0
+                hidden = _Pass(self, ids[a:b], room.spilled, wanted, meter).run()
                 self.cache.advance(b - a)
                 meter.committed(b)
         assert hidden is not None
@@ -130,10 +133,10 @@ class _Pass:
     """Some rows of a prompt, all of them if there is memory, through all layers."""
 
     def __init__(
-        self, reader: Reader, ids: torch.Tensor, spilled: bool, last: bool, meter: _Meter
+        self, reader: Reader, ids: torch.Tensor, spilled: bool, tail: int, meter: _Meter
     ) -> None:
-        """`last`: the prompt ends here, so that somebody wants the last row."""
-        self.reader, self.ids, self.last, self.meter = reader, ids, last, meter
+        """`tail`: how many of its last rows somebody wants: 0 unless the prompt ends here."""
+        self.reader, self.ids, self.tail, self.meter = reader, ids, tail, meter
         config, device = reader.config, reader.device
         n, d, k = ids.shape[0], config.hidden_size, config.experts_per_token
         self.normed = torch.empty((n, d), device=device)
@@ -149,20 +152,38 @@ class _Pass:
         )
 
     def run(self) -> torch.Tensor | None:
-        """Hidden (1, D) of the last row, if it is wanted."""
+        """Hidden (tail, D) of the last rows, if any are wanted."""
         layers, n = self.reader.layers, self.ids.shape[0]
         with self.hidden:
             for layer in layers if self.reader.how.whole else layers[:-1]:
                 self._layer(layer)
             if self.reader.how.whole:
-                return self._rows(n - 1, n).clone() if self.last else None
+                return self._rows(n - self.tail, n).clone() if self.tail else None
+            before = self._before_last() if self.tail > 1 else None
             # Of the last layer nobody needs more than keys and values, and its last row.
-            for a, b, x, step in self._chunks(n - 1 if self.last else n):
+            for a, b, x, step in self._chunks(n - 1 if self.tail else n):
                 layers[-1].remember(x, step)
                 self.meter.add(b - a, layers[-1], attention=True)
-            if not self.last:
+            if not self.tail:
                 return None
-            return layers[-1](self._rows(n - 1, n), self._step(n - 1, n), None).clone()
+            last = layers[-1](self._rows(n - 1, n), self._step(n - 1, n), None)
+            return last.clone() if before is None else torch.cat([before, last])
+
+    def _before_last(self) -> torch.Tensor:
+        """Hidden (tail - 1, D) before the last row, whose own bits are not to depend on them.
+
+        So they are made first, and what they leave in the cache is written again afterwards.
+        """
+        n, layer = self.ids.shape[0], self.reader.layers[-1]
+        first = n - self.tail
+        for a, _, x, _ in self._chunks(n):
+            self.hidden.write(a, x)
+        self.mixed = None
+        for _, _, x, step in self._chunks(first):
+            layer.remember(x, step)
+        parts = pieces(self.tail - 1, self.reader.how.chunk)
+        x = torch.cat([self._rows(first + a, first + b) for a, b in parts])
+        return layer(x, self._step(first, n - 1), None)
 
     def _layer(self, layer: Layer) -> None:
         for a, b, x, step in self._chunks(self.ids.shape[0]):

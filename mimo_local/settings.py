@@ -20,6 +20,7 @@ from mimo_local.errors import UsageError
 
 KvDtype = Literal["auto", "f32", "bf16"]
 Prefetch = Literal["auto", "on", "off"]
+Draft = Literal["auto", "on", "off"]
 PACK_MANIFEST: Final = "pack.json"
 """The file whose presence makes a folder a finished pack (it is written last)."""
 
@@ -157,6 +158,7 @@ class Settings:
     ram: int | None = None
     vram: int | None = None
     prefetch: Prefetch = "auto"
+    draft: Draft = "auto"
     kv_dtype: KvDtype = "auto"
     window: int | None = None
     preset: str = "chat"
@@ -230,6 +232,10 @@ _RULES: Final[dict[str, tuple[Callable[[Any], Any], str]]] = {
     "prefetch": (
         _choice(*get_args(Prefetch)),
         "read the next layer's likely experts ahead; auto: while that is measured to be faster",
+    ),
+    "draft": (
+        _choice(*get_args(Draft)),
+        "draft tokens with the MTP layers where that is measured to pay; auto: if all else fits",
     ),
     "kv_dtype": (
         _choice(*get_args(KvDtype)),

@@ -271,6 +271,7 @@ class FakeCache:
 
     def __init__(self, *, window: int = 8, slack: int = 4) -> None:
         self.window, self.slack = window, slack
+        self.draft: Any = None
         self.held: list[int] = []
         self.oldest = 0
         """First position whose row is still there; truncating below oldest + window must fail."""

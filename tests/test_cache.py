@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from mimo_local.cache import SPARE_ROWS, KVCache, View
+from mimo_local.cache import KVCache
 from mimo_local.cache_file import fingerprint
+from mimo_local.cache_layers import SPARE_ROWS, View
 from mimo_local.config import ModelConfig
 from mimo_local.errors import MimoError, PackError, UsageError
 

@@ -38,7 +38,7 @@ from demo_fixtures import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mimo_local.demo import build, fetch, healing, rewrite
+from mimo_local.demo import build, drafter, fetch, healing, rewrite
 from mimo_local.demo.gguf import Gguf
 from mimo_local.demo.rewrite import EXACT, SINK_OFF, SLICES, SWA, TWINS, Layout, write_checkpoint
 from mimo_local.demo.source import GgufSource, HubSource, uninterleave
@@ -52,6 +52,10 @@ from mimo_local.errors import (
     UsageError,
 )
 from mimo_local.events import Progress
+from mimo_local.weights import open_weights
+from quant.checkpoint import Checkpoint
+from quant.convert import Recipe, convert
+from quant.inventory import expected_mtp
 
 # ---- GGUF ----------------------------------------------------------------------------------------
 
@@ -299,10 +303,80 @@ def window_table(up: float = 0.0) -> tuple[tuple[int, ...], dict[str, torch.Tens
     return (1, 2, 3, 4, 6), tensors
 
 
+def drafter_table(layers: int = 3) -> dict[str, torch.Tensor]:
+    """What mimo_local.demo.drafter reads from its file, for TINY: random codes."""
+    generator = torch.Generator().manual_seed(1)
+    h, inner, d = TINY.hidden, TINY.intermediate, TINY.head_dim
+    sizes = {"eh": (h, 2 * h), "q": (8 * d, h), "k": (4 * d, h), "v": (4 * d, h), "o": (h, 8 * d)}
+    sizes |= {"gate": (inner, h), "up": (inner, h), "down": (h, inner)}
+    out = {}
+    for layer in range(layers):
+        for part, size in sizes.items():
+            codes = torch.randint(-127, 128, size, generator=generator, dtype=torch.int8)
+            codes[:, 3] = 127  # a packed row's largest
+            out[f"layers.{layer}.{part}.codes"] = codes
+            out[f"layers.{layer}.{part}.scales"] = torch.rand(size[0], generator=generator) / 99
+        for norm in drafter.NORMS:
+            out[f"layers.{layer}.{norm}"] = torch.rand(h, generator=generator)
+    return out
+
+
+def test_mtp_layers_get_into_the_pack_code_by_code(
+    tiny: GgufSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = drafter_table()
+    monkeypatch.setattr(healing, "_table", lambda: window_table())
+    monkeypatch.setattr(drafter, "_table", lambda: table)
+    seen: list[Progress] = []
+    write_checkpoint(tiny, tmp_path / "c", SWA, on_progress=seen.append)
+    assert seen[-1].done == seen[-1].total == 9
+    config = json.loads((tmp_path / "c" / "config.json").read_text())
+    checkpoint = Checkpoint.open(tmp_path / "c")
+    mtp = {name: checkpoint.shape(name) for name in checkpoint.names() if ".mtp." in name}
+    assert mtp == expected_mtp(config)
+    pack = convert(tmp_path / "c", tmp_path / "p", Recipe.for_format("int8"))
+    weights = open_weights(tmp_path / "p")
+    assert weights.config.n_mtp_layers == 3 and weights.config.mtp_layer is not None
+    for layer in range(3):
+        at = f"model.mtp.layers.{layer}."
+        for part, name in (("eh", "eh_proj"), ("v", "self_attn.v_proj"), ("up", "mlp.up_proj")):
+            codes = pack.read(f"{at}{name}.weight")["codes"]
+            assert torch.equal(codes, table[f"layers.{layer}.{part}.codes"]), part
+        for part in ("q", "k"):
+            codes = pack.read(f"{at}self_attn.{part}_proj.weight")["codes"].view(-1, 24, 96)
+            assert torch.equal(codes[:, :16].reshape(-1, 96), table[f"layers.{layer}.{part}.codes"])
+            assert not codes[:, 16:].any()  # the dimensions that are not rotated
+        sinks = weights.tensor(f"{at}self_attn.attention_sink_bias")
+        assert sinks.tolist() == [SINK_OFF] * 8
+        assert torch.equal(weights.tensor(f"{at}enorm.weight"), table[f"layers.{layer}.enorm"])
+    query = weights.linear("model.mtp.layers.0.self_attn.q_proj.weight")
+    plain = table["layers.0.q.codes"].float() * table["layers.0.q.scales"][:, None]
+    wide = query.format.unpack(query.parts).view(-1, 24, 96)[:, :16].reshape(-1, 96)
+    assert torch.allclose(wide, plain * 1.5**0.5, rtol=1e-5)
+
+
+def test_other_variants_and_installations_without_the_file_have_no_mtp_layers(
+    tiny: GgufSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(healing, "_table", lambda: window_table())
+    for name, layout, table in (("a", EXACT, drafter_table()), ("b", SWA, {})):
+        monkeypatch.setattr(drafter, "_table", lambda table=table: table)
+        write_checkpoint(tiny, tmp_path / name, layout)
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        assert config["num_nextn_predict_layers"] == 0
+        assert not any(".mtp." in n for n in Checkpoint.open(tmp_path / name).names())
+
+
+def test_shipped_mtp_layers_refuse_another_model() -> None:
+    with pytest.raises(ConfigError, match="MTP"):
+        drafter.mtp_tensors(TINY, wide=24, value_scale=1.0, sink=SINK_OFF)
+
+
 def test_rewrite_exercises_what_the_real_model_has(
     tiny: GgufSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(healing, "_table", lambda: window_table())
+    monkeypatch.setattr(drafter, "_table", dict)
     seen: list[Progress] = []
     write_checkpoint(tiny, tmp_path / "c", SWA, on_progress=seen.append)
     config = json.loads((tmp_path / "c" / "config.json").read_text())
@@ -313,8 +387,6 @@ def test_rewrite_exercises_what_the_real_model_has(
     assert int(config["head_dim"] * config["partial_rotary_factor"]) == 16
     assert (config["n_routed_experts"], config["num_experts_per_tok"]) == (16, 8)
     assert seen[-1].done == seen[-1].total == 8
-    from quant.checkpoint import Checkpoint
-
     checkpoint = Checkpoint.open(tmp_path / "c")
     sinks = checkpoint.read("model.layers.2.self_attn.attention_sink_bias")
     assert sinks.tolist() == [0.5, 0.5, 0.5, 0.0] * 2  # one dummy per group of three

@@ -242,6 +242,65 @@ def test_shipped_pack_has_the_real_architecture(demo_pack_dir: Path) -> None:
     assert config.eos_ids == (2,)
     manifest = json.loads((demo_pack_dir / "pack.json").read_text())
     assert manifest
+    mtp = open_weights(demo_pack_dir).config
+    assert mtp.n_mtp_layers == 3 and mtp.mtp_layer is not None
+    spec = mtp.mtp_layer
+    assert (spec.heads, spec.kv_heads, spec.window, spec.intermediate) == (12, 6, 129, 1536)
+
+
+def test_shipped_mtp_layers_draft(demo_pack_dir: Path, tokenizer: Tokenizer) -> None:
+    """Layer 0 alone, in plain torch from the pack's own weights, names tokens of an answer."""
+    weights = open_weights(demo_pack_dir)
+    model = Model(weights, ExpertStore(weights))
+    ids = tokenizer.render_chat([{"role": "user", "content": QUESTIONS[1]}])
+    first, cache = len(ids), model.new_cache()
+    hidden = model.forward([Segment(torch.tensor(ids), cache)])
+    for _ in range(60):
+        ids.append(int(model.logits(hidden[-1:]).argmax()))
+        new = model.forward([Segment(torch.tensor(ids[-1:]), cache)])
+        hidden = torch.cat([hidden, new])
+    y = mtp_layer(weights, 0, model.embedding.rows(torch.tensor(ids[1:])), hidden[:-1])
+    drafts = model.logits(y[:-1]).argmax(-1)
+    right = drafts == torch.tensor(ids[2:])
+    assert float(right[first - 1 :].float().mean()) > 0.3
+
+
+def mtp_layer(weights: Any, k: int, embedded: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """Embeddings of the next tokens, hidden (T, H) -> (T, H) for the head: the plain formula."""
+    at, spec, config = f"model.mtp.layers.{k}.", weights.config.mtp_layer, weights.config
+
+    def linear(name: str, x: torch.Tensor) -> torch.Tensor:
+        matrix = weights.linear(f"{at}{name}.weight")
+        return x @ matrix.format.unpack(matrix.parts).T
+
+    def norm(name: str, x: torch.Tensor) -> torch.Tensor:
+        weight = weights.tensor(f"{at}{name}.weight")
+        return torch.nn.functional.rms_norm(x, weight.shape, weight, config.rms_eps)
+
+    def heads(name: str, x: torch.Tensor, n: int) -> torch.Tensor:
+        return linear(f"self_attn.{name}_proj", x).view(len(x), n, -1).transpose(0, 1)
+
+    u = linear("eh_proj", torch.cat([norm("enorm", embedded), norm("hnorm", hidden)], -1))
+    h, half = norm("input_layernorm", u), spec.rotary_dim // 2
+    angle = torch.arange(len(u))[:, None] / spec.rope_theta ** (torch.arange(half) / half)
+
+    def rotated(x: torch.Tensor) -> torch.Tensor:
+        a, b, rest = x.split([half, half, spec.head_dim - 2 * half], -1)
+        cos, sin = angle.cos(), angle.sin()
+        return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
+
+    q, k_, v = heads("q", h, spec.heads), heads("k", h, spec.kv_heads), heads("v", h, spec.kv_heads)
+    k_, v = (x.repeat_interleave(spec.heads // spec.kv_heads, 0) for x in (k_, v))
+    scores = rotated(q) @ rotated(k_).transpose(1, 2) * spec.head_dim**-0.5
+    age = torch.arange(len(u))[:, None] - torch.arange(len(u))
+    scores = scores.masked_fill((age < 0) | (age >= spec.window), -math.inf)
+    sink = weights.tensor(f"{at}self_attn.attention_sink_bias")[:, None, None]
+    scores = torch.cat([scores, sink.expand(-1, len(u), 1)], -1)
+    o = scores.softmax(-1)[..., :-1] @ v * config.value_scale
+    u = u + linear("self_attn.o_proj", o.transpose(0, 1).reshape(len(u), -1))
+    h = norm("pre_mlp_layernorm", u)
+    gated = torch.nn.functional.silu(linear("mlp.gate_proj", h)) * linear("mlp.up_proj", h)
+    return norm("final_layernorm", u + linear("mlp.down_proj", gated))
 
 
 def test_shipped_pack_keeps_its_quality_and_needs_its_sinks(

@@ -39,7 +39,7 @@ budgets = st.builds(
 
 BUFFERS = (
     *("KV cache", "restart points", "activations", "hidden states", "left alone"),
-    *("wider scales in VRAM", "ends of RAM slots"),
+    *("wider scales in VRAM", "ends of RAM slots", "4-bit head for drafts"),
 )
 
 

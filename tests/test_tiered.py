@@ -585,6 +585,16 @@ def test_prefetching_is_on_only_while_it_wins(gain: float, wins: bool) -> None:
     assert on > 3600 if wins else on < 200
 
 
+@pytest.mark.parametrize(("gain", "verdict"), [(1.2, True), (0.9, False)])
+def test_steps_of_more_rows_do_not_fool_the_trial(gain: float, verdict: bool) -> None:
+    trial, chance = Trial(), random.Random(2)
+    for _ in range(4 * WINDOW):
+        rows = chance.choice([1, 2, 4, 4])
+        trial.observe(rows * (1 / gain if trial.on else 1.0) * chance.uniform(0.97, 1.03), rows)
+    assert trial.verdict == verdict
+    assert trial.gain == pytest.approx(gain, rel=0.05)
+
+
 def test_a_machine_that_gets_slower_does_not_fool_the_trial() -> None:
     trial = Trial()
     for n in range(3 * WINDOW):

@@ -21,7 +21,7 @@ from mimo_local.chat import Chat, Message, Piece, preset
 from mimo_local.cli import models
 from mimo_local.cli.status import Status, colours, say
 from mimo_local.errors import DocumentError, ExitCode, UsageError
-from mimo_local.events import Done, ExpertFigures, Failed, Prefill, Stats
+from mimo_local.events import Done, DraftFigures, ExpertFigures, Failed, Prefill, Stats
 from mimo_local.sampler import SamplingParams
 from mimo_local.sizes import gb
 
@@ -206,8 +206,23 @@ def notes(found: Answer, look: Look, params: SamplingParams) -> Iterator[str]:
             f"{s.decode_tokens_per_s:.1f} t/s | context {s.context_used} of {s.context_limit} "
             f"| cache {s.cache_bytes / 1e6:.1f} MB | {s.kernel}"
         )
+        if s.draft is not None:
+            yield draft_line(s.draft)
         if s.experts is not None:
             yield expert_line(s, s.experts)
+
+
+def draft_line(d: DraftFigures) -> str:
+    """What drafting did: tokens a pass, drafts by how deep, how often they were right, why."""
+    parts = [f"drafts {d.tokens_per_pass:.2f} tokens a pass"]
+    if d.drafted:
+        passes = (f"{n}: {count / d.passes:.0%}" for n, count in enumerate(d.by_drafts) if count)
+        parts.append("passes by drafts " + ", ".join(passes))
+        right = (f"{a / n:.0%}" for a, n in zip(d.accepted, d.judged, strict=True) if n)
+        parts.append("right " + ", ".join(right))
+    if d.note:
+        parts.append(d.note)
+    return " | ".join(parts)
 
 
 def expert_line(s: Stats, e: ExpertFigures) -> str:

@@ -13,6 +13,7 @@ import typer
 from mimo_local.cli import models
 from mimo_local.cli.models import (
     ContextOption,
+    DraftOption,
     JsonOption,
     MaxTokensOption,
     ModelOption,
@@ -72,6 +73,7 @@ def chat(
     threads: ThreadsOption = None,
     ram: RamOption = None,
     vram: VramOption = None,
+    draft: DraftOption = None,
     json: JsonOption = False,
     stats: Stats = False,
     plain: Plain = False,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mimo_local.cli import models, shapes
+from mimo_local.cli import drafts, models, shapes
 from mimo_local.cli.models import JsonOption, ModelOption
 from mimo_local.cli.status import Status, say
 from mimo_local.errors import ExitCode, UsageError
@@ -76,12 +76,14 @@ def bench(
     context: shapes.Context = None,
     prefill: shapes.Prefill = None,
     quick: shapes.Quick = False,
+    draft: drafts.Draft = False,
 ) -> int:
     """Measure tokens per second, as llama-bench does or on the real model's shapes.
 
     Prints a table, then one line of JSON. `--shape real` needs no model: it makes layers of random
     weights and measures them beside what memory, processor and disk can do in the same minutes;
-    Ctrl-C ends that early and keeps what was measured.
+    Ctrl-C ends that early and keeps what was measured. `--draft` measures what drafting wins, on
+    answers of the model or, with `--shape real`, on layers that are told what to answer.
     """
     from mimo_local import benchmark, hardware
     from mimo_local.cli import tables
@@ -95,23 +97,21 @@ def bench(
     if shape is not None:
         if model is not None:
             raise UsageError("--shape measures no --model", hint="leave one of them out")
+        if draft:
+            return drafts.shape(shape, layers or 3, vocab or 4096, counts(n_gen)[0], reps)
         return shapes.run(shape, counts(threads) if threads else (), wished)
     for name, value in wished.items():
         if value is not None:
             raise UsageError(f"--{name} is for real shapes", hint="add `--shape real`")
+    if draft:
+        return drafts.model(Settings.resolve(model=model), counts(n_gen)[0], reps)
     tests = benchmark.plan_tests(counts(n_prompt), counts(n_gen), counts(n_depth))
     counted = counts(threads) if threads else ()
     facts = hardware.detect()
     runner, name, load_s = load_runner(Settings.resolve(model=model))
     status = Status()
     try:
-        results = benchmark.run(
-            runner,
-            tests,
-            threads=counted,
-            reps=reps,
-            on_progress=status,
-        )
+        results = benchmark.run(runner, tests, threads=counted, reps=reps, on_progress=status)
     finally:
         status.clear()
     print(tables.bench(results))

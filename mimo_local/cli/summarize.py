@@ -18,6 +18,7 @@ import typer
 from mimo_local.cli import models
 from mimo_local.cli.models import (
     ContextOption,
+    DraftOption,
     JsonOption,
     MaxTokensOption,
     ModelOption,
@@ -58,6 +59,7 @@ def summarize(
     context: ContextOption = None,
     ram: RamOption = None,
     vram: VramOption = None,
+    draft: DraftOption = None,
     max_tokens: MaxTokensOption = None,
     seed: SeedOption = None,
     json: JsonOption = False,
@@ -69,7 +71,13 @@ def summarize(
     from mimo_local.summarize import Options
 
     settings = Settings.resolve(
-        model=model, context=context, ram=ram, vram=vram, max_tokens=max_tokens, seed=seed
+        model=model,
+        context=context,
+        ram=ram,
+        vram=vram,
+        draft=draft,
+        max_tokens=max_tokens,
+        seed=seed,
     )
     options = Options(
         pages=pages,

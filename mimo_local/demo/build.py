@@ -26,8 +26,8 @@ from mimo_local.settings import Paths
 
 OnProgress = Callable[[Progress], None] | None
 
-DEMO_VERSION = 2
-"""Part of every pack's folder name; raise it when rewrite, sinks or pack format change."""
+DEMO_VERSION = 3
+"""Part of every pack's folder name; raise it when what goes into a pack changes."""
 VARIANTS = ("swa", "exact")
 FORMATS = ("int8", "nf4", "bf16")
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mimo_local.demo import drafter
 from mimo_local.demo.healing import Healed, trained_sinks
 from mimo_local.demo.source import LlamaShape, Source
 from mimo_local.errors import ConfigError
@@ -53,7 +54,8 @@ class Layout:
     context: int | None
     """None = the source's own."""
     healed: bool
-    """With the trained sinks and corrections (mimo_local.demo.healing)."""
+    """With the trained sinks and corrections (mimo_local.demo.healing) and with the MTP layers that
+    were trained on what such a model computes (mimo_local.demo.drafter)."""
 
 
 EXACT = Layout("exact", twins=False, window=EXACT_CONTEXT, context=EXACT_CONTEXT, healed=False)
@@ -112,7 +114,7 @@ def config_json(shape: LlamaShape, layout: Layout) -> dict[str, Any]:
         "partial_rotary_factor": factor,
         "rope_parameters": {"full_attention": rope, "sliding_attention": rope},
         "max_position_embeddings": layout.context or shape.context,
-        "num_nextn_predict_layers": 0,
+        "num_nextn_predict_layers": drafter.n_layers() if layout.healed else 0,
         "tie_word_embeddings": True,
         "use_cache": True,
         "torch_dtype": "float32",
@@ -274,7 +276,9 @@ def checkpoint_nbytes(shape: LlamaShape, layout: Layout) -> int:
     attention = shape.hidden * (heads + 2 * shape.kv_heads) * (wide + shape.head_dim)
     mlp = 3 * shape.hidden * shape.intermediate * (2 if layout.twins else 1)
     embedding = shape.vocab * shape.hidden
-    return 4 * (embedding + shape.layers * (attention + mlp)) + (8 << 20)
+    drafting = attention + 2 * shape.hidden**2 + 3 * shape.hidden * shape.intermediate
+    mtp = drafter.n_layers() * drafting if layout.healed else 0
+    return 4 * (embedding + shape.layers * (attention + mlp) + mtp) + (8 << 20)
 
 
 def _files(source: Source, layout: Layout) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
@@ -291,6 +295,10 @@ def _files(source: Source, layout: Layout) -> Iterator[tuple[str, dict[str, torc
         off = [SINK_OFF] * shape.heads
         per_head = sinks.get(layer, off) if kind else None
         yield f"model_{layer}.safetensors", layer_tensors(source, layout, layer, per_head)
+    if layout.healed and drafter.n_layers():
+        wide = padded_head_dim(shape)
+        tensors = drafter.mtp_tensors(shape, wide=wide, value_scale=VALUE_SCALE, sink=SINK_OFF)
+        yield "model_mtp.safetensors", tensors
 
 
 def write_checkpoint(
@@ -310,7 +318,7 @@ def write_checkpoint(
             hint="The demo's rewrite needs a feed-forward that can be cut into eight experts.",
         )
     folder.mkdir(parents=True)
-    total = source.shape.layers + 1
+    total = source.shape.layers + 1 + (layout.healed and drafter.n_layers() > 0)
     weight_map: dict[str, str] = {}
     nbytes = 0
     for done, (file, tensors) in enumerate(_files(source, layout), start=1):

@@ -7,6 +7,7 @@ longer before the next trial. Pure arithmetic. Called by `tiered`.
 
 from __future__ import annotations
 
+import math
 import statistics
 from typing import Final
 
@@ -29,19 +30,20 @@ class Trial:
         """How the last trial ended."""
         self.gain: float | None = None
         """Time without / time with prefetching at the last trial; None before the first."""
-        self._times: dict[bool, list[float]] = {False: [], True: []}
+        self._times: dict[bool, list[tuple[int, float]]] = {False: [], True: []}
+        """(rows, seconds) of the steps with and without."""
         self._resting = WINDOW  # the first steps are cold
         self._rest = REST
 
-    def observe(self, seconds: float) -> None:
-        """A step took this long with `on` as it was."""
+    def observe(self, seconds: float, rows: int = 1) -> None:
+        """A step of so many rows took this long with `on` as it was."""
         if self._resting:
             self._resting -= 1
             if not self._resting:
                 self._times = {False: [], True: []}
                 self.on = False
             return
-        self._times[self.on].append(seconds)
+        self._times[self.on].append((rows, seconds))
         # A, B, B, A in half windows: a trend of the machine falls on both sides alike.
         done = len(self._times[False]) + len(self._times[True])
         self.on = WINDOW // 2 <= done < WINDOW // 2 + WINDOW
@@ -49,9 +51,22 @@ class Trial:
             self._judge()
 
     def _judge(self) -> None:
-        without, with_ = (statistics.median(self._times[on]) for on in (False, True))
-        self.gain = without / with_ if with_ > 0 else 1.0
-        verdict = with_ < MARGIN * without
+        self.gain = self._compare()
+        verdict = self.gain * MARGIN > 1
         self._rest = min(2 * self._rest, MOST_REST) if verdict == self.verdict else REST
         self.verdict = self.on = verdict
         self._resting = self._rest
+
+    def _compare(self) -> float:
+        """Time without over time with, steps of as many rows beside each other: drafts add rows."""
+        by_rows = {
+            on: {n: [s for rows, s in times if rows == n] for n in {rows for rows, _ in times}}
+            for on, times in self._times.items()
+        }
+        logs, weights = 0.0, 0
+        for n in by_rows[False].keys() & by_rows[True].keys():
+            without, with_ = by_rows[False][n], by_rows[True][n]
+            weight = min(len(without), len(with_))
+            ratio = statistics.median(without) / max(statistics.median(with_), 1e-9)
+            logs, weights = logs + weight * math.log(max(ratio, 1e-9)), weights + weight
+        return math.exp(logs / weights) if weights else 1.0

@@ -82,7 +82,7 @@ class TieredStore(Store):
         self._first, self._last = layers[0], layers[-1]
         self._ahead: dict[Key, Read] = {}
         self._orphans: list[Read] = []
-        self._step_s = 0.0
+        self._step_s, self._step_rows = 0.0, 0
 
     # ---- what the model asks ---------------------------------------------------------------------
 
@@ -122,7 +122,7 @@ class TieredStore(Store):
         if self._watcher is not None:
             self._watcher(layer, ids)
         if layer == self._first:
-            self._begin_step()
+            self._begin_step(x.shape[0])
         self.meters.steps += 1
         x = x.contiguous()
         try:
@@ -212,17 +212,17 @@ class TieredStore(Store):
 
     # ---- between steps ---------------------------------------------------------------------------
 
-    def _begin_step(self) -> None:
+    def _begin_step(self, rows: int) -> None:
         self.ram.policy.end_of_step()
         if self.vram is not None:
             self.vram.end_of_step()
-        self._step_s = 0.0
+        self._step_s, self._step_rows = 0.0, rows
         self._heed_pressure()
 
     def _end_step(self) -> None:
         # Here, because the next step's first guesses come before its first layer.
-        if self._prefetch == "auto":
-            self.trial.observe(self._step_s)
+        if self._prefetch == "auto" and self._step_rows <= FEW_ROWS:
+            self.trial.observe(self._step_s, self._step_rows)
 
     def _heed_pressure(self) -> None:
         wish = self.pressure.wish()

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from mimo_local.config import ModelConfig
-from mimo_local.plan.types import Budget, Placement, Problem, Row
+from mimo_local.plan.types import DRAFTER, Budget, Placement, Problem, Row
+from mimo_local.settings import Draft
 from mimo_local.sizes import (
     GB,
     PackSizes,
@@ -27,7 +28,8 @@ PROGRAM = 500_000_000  # the interpreter with torch, before the model
 HIDDEN_SHARE = 8  # at most an eighth of the RAM left goes to hidden states
 DEFAULT_CONTEXT, SMALLEST_CONTEXT = 32_768, 2048
 CONTEXT_SHARE = 4  # at most a quarter of the RAM left goes unasked to keys and values
-KV, EMBEDDING, MTP = "KV cache", "embedding", "MTP drafter"
+KV, EMBEDDING = "KV cache", "embedding"
+MTP, DRAFT_HEAD = DRAFTER
 
 
 def reserve_of(budget: Budget) -> int:
@@ -55,8 +57,12 @@ def place(
     context: int,
     kv_itemsize: int,
     gpu_dense: bool,
+    drafting: Draft = "auto",
 ) -> Placement:
-    """Every part and expert in a tier; `gpu_dense`: parts besides experts may lie in VRAM."""
+    """Every part and expert in a tier; `gpu_dense`: parts besides experts may lie in VRAM.
+
+    `drafting`: "on" puts the drafter before experts, "auto" after all of them.
+    """
     # Most bytes read per token and byte of room first; the embedding is one row per token.
     kv = kv_bytes(config, context, kv_itemsize)
     parts = {"routers, norms": sizes.exact, KV: kv, "attention": sizes.attention}
@@ -71,8 +77,11 @@ def place(
             in_vram[name], vram = nbytes, vram - nbytes
         else:
             in_ram[name], ram = nbytes, ram - nbytes
-    if gpu_dense and 0 < sizes.mtp <= vram:
-        in_vram[MTP], vram = sizes.mtp, vram - sizes.mtp
+    drafter = {MTP: sizes.mtp, DRAFT_HEAD: sizes.draft_head}
+    if gpu_dense and 0 < sizes.drafter <= vram and drafting != "off":
+        in_vram, vram = in_vram | drafter, vram - sizes.drafter
+    elif sizes.mtp and drafting == "on":
+        in_ram, ram = in_ram | drafter, ram - sizes.drafter
     # A byte spilled goes to disk and back in every layer; an expert that gives way to it is read
     # once per document. So what a prompt as long as the context needs, if the RAM is not tiny.
     slots = 2 * config.experts_per_token * sizes.ram_slot if sizes.experts else 0
@@ -81,28 +90,22 @@ def place(
     ram -= hidden
     found = _experts(config, sizes, vram, ram)
     ram -= (found.ram_experts + found.copies + found.staging_slots) * found.ram_slot
-    if sizes.mtp and MTP not in in_vram:
+    if sizes.mtp and drafting == "auto" and MTP not in in_vram:
         # Drafting pays when experts are at hand; while they come from disk it only takes room.
-        if not found.disk_experts and sizes.mtp <= ram:
-            in_ram[MTP], ram = sizes.mtp, ram - sizes.mtp
+        if not found.disk_experts and sizes.drafter <= ram:
+            in_ram, ram = in_ram | drafter, ram - sizes.drafter
         else:
             on_disk[MTP] = sizes.mtp
     return replace(
         found,
-        context=context,
-        kv_itemsize=kv_itemsize,
-        vram=in_vram,
-        ram=in_ram,
-        disk=on_disk,
-        work=work,
-        restarts=restarts,
-        reserve=reserve,
+        context=context, kv_itemsize=kv_itemsize,
+        vram=in_vram, ram=in_ram, disk=on_disk, work=work, restarts=restarts, reserve=reserve,
         hidden_bytes=hidden,
         hidden_budget=most,
         hidden_tokens=most // max(1, hidden_bytes(config, 1)),
         short=max(0, -ram),
         notes=_notes(budget, on_disk),
-    )
+    )  # fmt: skip
 
 
 def _experts(config: ModelConfig, sizes: PackSizes, vram: int, ram: int) -> Placement:
@@ -135,7 +138,7 @@ def _notes(budget: Budget, on_disk: dict[str, int]) -> tuple[str, ...]:
             "needs take: it is not used"
         )
     if MTP in on_disk:
-        notes.append("the MTP drafter stays on disk: drafting does not pay while experts do too")
+        notes.append("the MTP drafter stays on disk: drafting hardly pays while experts do too")
     return tuple(notes)
 
 
@@ -201,7 +204,7 @@ def rows(sizes: PackSizes, found: Placement) -> tuple[Row, ...]:
     lines = []
     for name in dict.fromkeys((*found.vram, *found.ram, *found.disk)):
         vram, ram, disk = (tier.get(name, 0) for tier in (found.vram, found.ram, found.disk))
-        runs = not vram and name != MTP
+        runs = not vram and name not in (MTP, DRAFT_HEAD)
         lines.append(Row(name, vram + ram + disk, vram, ram, disk, runs))
     if found.restarts:
         lines.append(Row("restart points", found.restarts, ram=found.restarts))

@@ -15,6 +15,7 @@ from mimo_local.plan.placement import fitting_context, place, problems, rows
 from mimo_local.plan.rates import Rates
 from mimo_local.plan.routing import BOUNDS, HitCurve
 from mimo_local.plan.types import Budget, Placement, Plan, Prediction
+from mimo_local.settings import Draft
 from mimo_local.sizes import PackSizes, gb, kv_bytes
 
 PAGES, PAGE_TOKENS = 100, 550  # a page of a printed document has 500 to 600 tokens
@@ -29,13 +30,14 @@ def plan(
     tokens: int = PAGES * PAGE_TOKENS,
     kv_itemsize: int = 2,
     gpu_dense: bool = False,
+    drafting: Draft = "auto",
     curves: Sequence[HitCurve] = BOUNDS,
 ) -> Plan:
     """Place `pack` (estimated if None) on `budget` for one sequence of `context` tokens.
 
     `context` None: 32k, less if the RAM is small. `tokens`: the document whose reading is
-    predicted. `gpu_dense`: all but experts may lie in VRAM, and prompts run there: not built yet.
-    `curves`: hit rates to predict with, worst first. UsageError for an impossible context.
+    predicted. `gpu_dense` (not built yet) and `drafting`: see `place`. `curves`: hit rates to
+    predict with, worst first. UsageError for an impossible context.
     """
     if context is not None and not 0 < context <= config.max_context:
         raise UsageError(
@@ -50,14 +52,14 @@ def plan(
     def solve(length: int) -> tuple[Placement, bool]:
         found = place(
             config, sizes, budget,
-            context=length, kv_itemsize=kv_itemsize, gpu_dense=gpu_dense,
+            context=length, kv_itemsize=kv_itemsize, gpu_dense=gpu_dense, drafting=drafting,
         )  # fmt: skip
         return found, not problems(config, sizes, budget, found)
 
     found, fits = solve(chosen)
     answer = Plan(
-        budget=budget,
-        sizes=sizes,
+        budget,
+        sizes,
         placement=found,
         table=rows(sizes, found),
         problems=problems(config, sizes, budget, found),
@@ -73,10 +75,8 @@ def plan(
         line = _cost_of(config.max_context, found, config, kv_itemsize)
         longer, longer_fits = solve(config.max_context)
         if longer_fits:
-            at_end = forecast(
-                config, replace(answer, placement=longer),
-                tokens=1, depth=longer.context, curves=curves,
-            )  # fmt: skip
+            there = replace(answer, placement=longer)
+            at_end = forecast(config, there, tokens=1, depth=longer.context, curves=curves)
             line += f"; at its end {span(at_end.tokens_per_s)} tokens/s"
         notes.append(line if longer_fits else f"{line}: too much here")
     return replace(answer, prediction=predicted, notes=tuple(notes))

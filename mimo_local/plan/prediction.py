@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 
 from mimo_local.config import ModelConfig
-from mimo_local.plan.placement import EMBEDDING, KV, MTP
+from mimo_local.plan.placement import DRAFT_HEAD, EMBEDDING, KV, MTP
 from mimo_local.plan.rates import GPU_FLOPS, Rates
 from mimo_local.plan.routing import HitCurve
 from mimo_local.plan.types import Decode, Placement, Prediction, Prefill
@@ -56,7 +56,7 @@ def moe_layers(config: ModelConfig) -> int:
 
 def resident_bytes(config: ModelConfig, found: Placement, depth: int) -> tuple[int, int]:
     """(VRAM, RAM): bytes besides experts that a token reads with `depth` tokens in the context."""
-    skip = {MTP} if config.tie_embeddings else {MTP, EMBEDDING}
+    skip = {MTP, DRAFT_HEAD} if config.tie_embeddings else {MTP, DRAFT_HEAD, EMBEDDING}
     kv = kv_bytes(config, depth, found.kv_itemsize)
 
     def total(tier: dict[str, int]) -> int:

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from mimo_local.errors import DiskSpaceError, MimoError, NotEnoughMemoryError
 from mimo_local.plan.rates import Calibration
 from mimo_local.sizes import PackSizes
+
+DRAFTER: Final = ("MTP drafter", "4-bit head for drafts")
+"""What drafting takes, as the table names it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,17 +195,24 @@ class Plan:
         return self.placement.vram_experts * self.sizes.vram_slot
 
     @property
+    def drafts(self) -> bool:
+        """Whether the drafter lies in memory."""
+        return any(DRAFTER[0] in tier for tier in (self.placement.vram, self.placement.ram))
+
+    @property
     def spare_bytes(self) -> int:
-        """RAM that is neither experts nor matrices: keys and values, activations, long prompts."""
+        """RAM besides the main model: keys and values, drafting, activations, long prompts."""
         found = self.placement
-        return found.ram.get("KV cache", 0) + found.restarts + found.work + found.hidden_bytes
+        drafter = sum(found.ram.get(name, 0) for name in DRAFTER)
+        kept = found.ram.get("KV cache", 0) + drafter + found.restarts
+        return kept + found.work + found.hidden_bytes
 
     @property
     def ram_bytes(self) -> int:
         """Most RAM the model takes by this plan: the budget, less what no further expert fits."""
-        kv = self.placement.ram.get("KV cache", 0)
-        parts = sum(self.placement.ram.values()) - kv
-        return parts + self.spare_bytes + self.expert_ram_bytes
+        found = self.placement
+        buffers = found.restarts + found.work + found.hidden_bytes
+        return sum(found.ram.values()) + buffers + self.expert_ram_bytes
 
     @property
     def staging_slots(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mimo_local.events import ExpertFigures, FinishReason, Prefill, Stats
+from mimo_local.events import DraftFigures, ExpertFigures, FinishReason, Prefill, Stats
 from tui.messages import Pace
 
 # C0 (without tab and newline), DEL and C1 become visible signs: text from a user or a model must
@@ -105,6 +105,7 @@ def stats_table(stats: Stats, *, kernel: str) -> str:
             f" · {duration(stats.decode_s)} · {rate(stats.decode_tokens_per_s)}",
             f"context   {stats.context_used:,} of {count(stats.context_limit, 'token')}"
             f" · cache {amount(stats.cache_bytes, 0, 'bytes')}",
+            *([drafts_row(stats.draft)] if stats.draft is not None else ()),
             *([experts_row(stats, stats.experts)] if stats.experts is not None else ()),
             f"kernel    {stats.kernel or kernel}",
         )
@@ -133,6 +134,14 @@ def tier_bar(e: ExpertFigures, width: int) -> str:
         before += n
         bar += sign * (round(width * before / e.wanted) - len(bar)) if e.wanted else ""
     return bar
+
+
+def drafts_row(d: DraftFigures) -> str:
+    """What drafting did: tokens a pass of the model gave, drafts made and right, why."""
+    row = f"drafts    {d.tokens_per_pass:.2f} tokens a pass"
+    if d.drafted:
+        row += f" · {percent(sum(d.accepted), sum(d.judged))}% of {sum(d.judged):,} right"
+    return row + (f" · {d.note}" if d.note else "")
 
 
 def experts_row(stats: Stats, e: ExpertFigures) -> str:
