@@ -5,6 +5,7 @@
     python bench/vs_llamacpp.py --layers 2 --depth 8192      # what attention costs far back
     python bench/vs_llamacpp.py --demo                       # demo model against its original
     python bench/vs_llamacpp.py --all                        # all of it: an hour, 16 GB of memory
+    python bench/vs_llamacpp.py --all --layers 2 -p 128 -r 1 # all but what is given
 
 Each engine holds its model in a process of its own; the two are asked in turn, A B, B A, ..., the
 other one stopped meanwhile, and what is reported is the median of the ratios of neighbours
@@ -55,6 +56,21 @@ from mimo_local.settings import Paths  # noqa: E402
 
 NEAREST = {"q4_0": "nf4", "q4_k": "nf4", "iq4_nl": "nf4", "mxfp4": "mxfp4"}
 """Our format for each of theirs: 4.25 bits for 4.5, and the same for MXFP4."""
+
+USUAL: dict[str, list[Any]] = {
+    "layers": [3],
+    "experts": ["q4_0"],
+    "prompts": [128, 512],
+    "depths": [0],
+}
+ALL: dict[str, list[Any]] = {
+    "layers": [2, 3],
+    "experts": list(EXPERT_TYPES),
+    "prompts": [128, 512, 2048],
+    "verify": [4],
+    "depths": [0, 8192],
+}
+"""What is measured where the command line does not say, without and with --all."""
 
 
 def say(text: str) -> None:
@@ -247,21 +263,21 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p.add_argument("--jobs", type=int, default=cores, help="compilers at a time")
     p.add_argument("--slices", type=Path, default=cache / "slices", help="folder of slices, logs")
     p.add_argument("--keep", action="store_true", help="keep the slices for the next run")
-    p.add_argument("--layers", type=numbers, default=[3], help="2,3: a layer by difference too")
-    p.add_argument("--experts", type=expert_types, default=["q4_0"], help="q4_0,q4_k,iq4_nl,mxfp4")
+    p.add_argument("--layers", type=numbers, help="2,3: a layer by difference too")
+    p.add_argument("--experts", type=expert_types, help="q4_0,q4_k,iq4_nl,mxfp4")
     p.add_argument("--format", help="ours; by default nf4, mxfp4 for mxfp4, int8 for the demo")
     p.add_argument("--vocab", type=int, default=1024)
-    p.add_argument("-p", dest="prompts", type=numbers, default=[128, 512], metavar="N,N")
+    p.add_argument("-p", dest="prompts", type=numbers, metavar="N,N")
     p.add_argument("-n", dest="generate", type=numbers, metavar="N,N")
     p.add_argument("--verify", type=numbers, metavar="N,N", help="rows at once: 2,3,4")
-    p.add_argument("--depth", dest="depths", type=numbers, default=[0], metavar="N,N")
+    p.add_argument("--depth", dest="depths", type=numbers, metavar="N,N")
     p.add_argument("-t", "--threads", type=numbers, default=[cores], metavar="N,N")
     p.add_argument("-r", "--reps", type=int, default=5)
     p.add_argument("--only", choices=(OURS, THEIRS))
     args = p.parse_args(argv)
-    if args.all:
-        args.layers, args.experts = [2, 3], list(EXPERT_TYPES)
-        args.prompts, args.verify, args.depths = [128, 512, 2048], [4], [0, 8192]
+    for name, value in (ALL if args.all else USUAL).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     folder = "llamacpp" if args.isa == "native" else f"llamacpp-{args.isa}"
     args.venv = args.venv or cache / folder
     args.generate = args.generate or [64 if args.demo else 16]

@@ -99,8 +99,8 @@ class Engine:
         self._model = model
         self._new_cache = new_cache or model.new_cache
         self._recorder = recorder
-        self._meters: Meters | None = None
         self._drafting = drafting
+        self._meters: Meters | None = None
         self._work: deque[_Request | tuple[Future[Tensor], list[int]]] = deque()
         self._ready = threading.Condition()
         self._closing = False

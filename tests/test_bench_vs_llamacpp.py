@@ -463,6 +463,8 @@ def test_arguments() -> None:
     assert everything.layers == [2, 3] and set(everything.experts) == set(vs.EXPERT_TYPES)
     assert (everything.prompts, everything.depths) == ([128, 512, 2048], [0, 8192])
     assert everything.venv.name == "llamacpp-avx2" and args.venv.name == "llamacpp"
+    part = vs.parse(["--all", "--layers", "2", "-p", "128"])
+    assert (part.layers, part.prompts, part.depths) == ([2], [128], [0, 8192])
     assert vs.demo_args(everything).depths == [0] and vs.demo_args(demo) is demo
 
 

@@ -98,12 +98,14 @@ def outliers(rows: int, cols: int, seed: int) -> torch.Tensor:
     return x
 
 
-# Relative rms of the products against exact ones with the same stored weights: on normal
+# Relative rms of a row's products against exact ones with the same stored weights: on normal
 # activations and on ones with outliers. NF4 itself loses 9e-2 of normal weights, MXFP4 more.
+# 8 bits a block of 64 lose sqrt(E max^2 / 12) / 127 = 6.0e-3 of a normal row, NF4's code table
+# 4.9e-3 more, squares added: 7.7e-3. Of N products such an rms is measured to 1 / sqrt(N): a tenth
+# with 96, which was once taken for a difference between rows; hence the 1024 rows of W.
 WORDS = {"nf4": (7e-4, 3e-3), "mxfp4": (7e-4, 3e-3), "int8": (7e-4, 3e-3)}
 BYTES = {"nf4": (9e-3, 2e-2), "mxfp4": (7e-3, 2e-2), "int8": (7e-3, 2e-2)}
-TILES = {"nf4": (1.2e-2, 3e-2), "mxfp4": (1.4e-2, 3e-2), "int8": (8e-3, 3e-2)}
-ROW = 1.2
+TILES = {"nf4": (1.4e-2, 3.6e-2), "mxfp4": (1.7e-2, 3.6e-2), "int8": (1e-2, 3.6e-2)}
 PLAIN = {"bf16": (5e-7, 5e-7), "f32": (5e-7, 5e-7)}
 BOUNDS = {"scalar": WORDS | PLAIN, "avx2": WORDS | PLAIN, "avx_vnni": BYTES | PLAIN}
 BOUNDS |= {"avx512": BYTES | PLAIN, "amx": TILES | PLAIN}
@@ -111,18 +113,15 @@ BOUNDS |= {"avx512": BYTES | PLAIN, "amx": TILES | PLAIN}
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_error_of_long_products(library: kernels.Kernels, name: str) -> None:
-    parts = stored(library, name, normal(96, 4096, seed=9) * 0.02)
+    parts = stored(library, name, normal(1024, 4096, seed=9) * 0.02)
     w = exact(library, name, parts, 4096)
     for isa in library.isas:
         for i, x in enumerate((normal(MANY, 4096, seed=1), outliers(MANY, 4096, seed=2))):
             expected = x.double() @ w.T
             y = matmul(library.with_isa(isa), name, x, parts)
             bound = BOUNDS[isa][name][i]
-            error = (y - expected).norm() / expected.norm()
-            assert error < bound, (isa, error)
-            # No row may hide behind the others: the worst of 8-bit rows is a fifth above them all.
             worst = ((y - expected).norm(dim=1) / expected.norm(dim=1)).max()
-            assert worst < ROW * bound, (isa, worst)
+            assert worst < bound, (isa, worst)
 
 
 @st.composite

@@ -99,7 +99,8 @@ def place(
     return replace(
         found,
         context=context, kv_itemsize=kv_itemsize,
-        vram=in_vram, ram=in_ram, disk=on_disk, work=work, restarts=restarts, reserve=reserve,
+        vram=in_vram, ram=in_ram, disk=on_disk, work=work, restarts=restarts,
+        reserve=reserve,
         hidden_bytes=hidden,
         hidden_budget=most,
         hidden_tokens=most // max(1, hidden_bytes(config, 1)),

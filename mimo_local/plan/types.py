@@ -204,15 +204,15 @@ class Plan:
         """RAM besides the main model: keys and values, drafting, activations, long prompts."""
         found = self.placement
         drafter = sum(found.ram.get(name, 0) for name in DRAFTER)
-        kept = found.ram.get("KV cache", 0) + drafter + found.restarts
-        return kept + found.work + found.hidden_bytes
+        kept = found.ram.get("KV cache", 0) + found.restarts
+        return kept + drafter + found.work + found.hidden_bytes
 
     @property
     def ram_bytes(self) -> int:
         """Most RAM the model takes by this plan: the budget, less what no further expert fits."""
-        found = self.placement
-        buffers = found.restarts + found.work + found.hidden_bytes
-        return sum(found.ram.values()) + buffers + self.expert_ram_bytes
+        counted = ("KV cache", *DRAFTER)
+        parts = sum(n for name, n in self.placement.ram.items() if name not in counted)
+        return parts + self.spare_bytes + self.expert_ram_bytes
 
     @property
     def staging_slots(self) -> int:

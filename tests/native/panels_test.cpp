@@ -154,12 +154,12 @@ struct Bytes {
   explicit Bytes(const mimo_matrix &matrix_) : w(matrix_) {}
   int weight(std::int64_t n, std::int64_t k) const {
     if (w.format == MIMO_INT8) return byte_code(w, n, k);
-    const double value = w.format == MIMO_NF4 ? static_cast<double>(mimo::kNf4[nibble(w, n, k)]) * 124.12
+    const double value = w.format == MIMO_NF4 ? static_cast<double>(mimo::kNf4[nibble(w, n, k)]) * 112.08
                                               : kE2m1[nibble(w, n, k)] * 2;
     return static_cast<int>(std::lround(value));
   }
   float scale(std::int64_t n, std::int64_t k) const {
-    if (w.format == MIMO_NF4) return nf4_scale(w, n, k / 64) * (1.0F / 124.12F);
+    if (w.format == MIMO_NF4) return nf4_scale(w, n, k / 64) * (1.0F / 112.08F);
     const int exponent = mxfp4_exponent(w, n, k / 32);
     return exponent == 255 ? kNan : static_cast<float>(std::ldexp(0.5, exponent - 127));
   }

@@ -112,6 +112,14 @@ def stats_table(stats: Stats, *, kernel: str) -> str:
     )
 
 
+def drafts_row(d: DraftFigures) -> str:
+    """What drafting did: tokens a pass of the model gave, drafts made and right, why."""
+    row = f"drafts    {d.tokens_per_pass:.2f} tokens a pass"
+    if d.drafted:
+        row += f" · {percent(sum(d.accepted), sum(d.judged))}% of {sum(d.judged):,} right"
+    return row + (f" · {d.note}" if d.note else "")
+
+
 def tiers_of(e: ExpertFigures) -> tuple[tuple[str, str, int], ...]:
     """(name, sign, experts that came from there), from the fastest tier to the slowest."""
     return (
@@ -134,14 +142,6 @@ def tier_bar(e: ExpertFigures, width: int) -> str:
         before += n
         bar += sign * (round(width * before / e.wanted) - len(bar)) if e.wanted else ""
     return bar
-
-
-def drafts_row(d: DraftFigures) -> str:
-    """What drafting did: tokens a pass of the model gave, drafts made and right, why."""
-    row = f"drafts    {d.tokens_per_pass:.2f} tokens a pass"
-    if d.drafted:
-        row += f" · {percent(sum(d.accepted), sum(d.judged))}% of {sum(d.judged):,} right"
-    return row + (f" · {d.note}" if d.note else "")
 
 
 def experts_row(stats: Stats, e: ExpertFigures) -> str:

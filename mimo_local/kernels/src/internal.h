@@ -62,6 +62,7 @@ struct RowsJob {
   const void *const *x;
   float *const *y;
   bool in_order;  // the order in which the weights are read; no bit of y depends on it
+  const mimo_matrix *next = nullptr;  // in order: from whose first row on this thread probably reads after these rows
 };
 using RowBytes = std::int64_t (*)(std::int64_t format, std::int64_t K) noexcept;  // a multiple of 64
 using PrepareRow = void (*)(std::int64_t format, const float *x, std::int64_t K, void *out) noexcept;  // out: 64-aligned

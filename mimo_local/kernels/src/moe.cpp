@@ -41,9 +41,9 @@ mimo_matrix rows_of(const mimo_matrix &w, std::int64_t n0, std::int64_t n1) noex
   return part;
 }
 
-// out[i * ldo + n - n0] = row i of `in` times row n of w.
+// out[i * ldo + n - n0] = row i of `in` times row n of w; next: RowsJob::next.
 void product(const mimo_table &table, const mimo_matrix &w, const Input &in, std::int64_t count, std::int64_t n0,
-             std::int64_t n1, float *out, std::int64_t ldo, void *memory) noexcept {
+             std::int64_t n1, float *out, std::int64_t ldo, void *memory, const mimo_matrix &next) noexcept {
   const mimo_matrix part = rows_of(w, n0, n1);
   if (in.panels) {
     const PanelsJob job{&part, count, in.at, out, ldo};
@@ -58,9 +58,22 @@ void product(const mimo_table &table, const mimo_matrix &w, const Input &in, std
       rows[j] = in.at + (in.index != nullptr ? in.index[i + j] : i + j) * in.stride;
       outs[j] = out + (i + j) * ldo;
     }
-    const RowsJob job{&part, now, rows, outs, reads_in_order()};
+    const RowsJob job{&part, now, rows, outs, reads_in_order(), i + now < count ? &part : &next};
     table.multiply_rows(job, 0, part.rows);
   }
+}
+
+// The rows of gate or down that an item begins with, or of the wave's last item.
+mimo_matrix first_rows(const Wave &wave, std::int64_t item) noexcept {
+  const std::int64_t middle = wave.x_items;
+  const std::int64_t hidden = middle + (wave.g1 - wave.g0) * wave.middle_blocks;
+  const std::int64_t down = hidden + wave.hidden_items;
+  if (item < hidden) {
+    const mimo_matrix &gate = wave.plan->group[wave.g0 + (item - middle) / wave.middle_blocks].mlp->gate;
+    return rows_of(gate, (item - middle) % wave.middle_blocks * wave.middle_rows, gate.rows);
+  }
+  const mimo_matrix &first = wave.plan->group[wave.g0].mlp->down;
+  return rows_of(first, wave.down_at[std::clamp<std::int64_t>(item - down, 0, wave.down_blocks - 1)], first.rows);
 }
 
 // ---- the four kinds of items ----------------------------------------------------------------------------------------
@@ -111,8 +124,10 @@ void middle_item(Wave &wave, std::int64_t item, float *memory) noexcept {
   const std::int64_t n = n1 - n0;
   float *up = memory + group.count * n;
   wait_for(*group.x_left);
-  product(table, group.mlp->gate, group.gate, group.count, n0, n1, memory, n, memory + wave.floats);
-  product(table, group.mlp->up, group.up, group.count, n0, n1, up, n, memory + wave.floats);
+  product(table, group.mlp->gate, group.gate, group.count, n0, n1, memory, n, memory + wave.floats,
+          rows_of(group.mlp->up, n0, n1));
+  product(table, group.mlp->up, group.up, group.count, n0, n1, up, n, memory + wave.floats,
+          first_rows(wave, wave.x_items + item + mimo_threads()));
   float *hidden = wave.hidden + (group.first - wave.first_pair) * wave.width + n0;
   for (std::int64_t i = 0; i < group.count; ++i) {
     table.swiglu(memory + i * n, up + i * n, n, hidden + i * wave.width);
@@ -135,11 +150,14 @@ void down_item(Wave &wave, std::int64_t item, float *memory) noexcept {
   const std::int64_t n0 = wave.down_at[item];
   const std::int64_t n1 = wave.down_at[item + 1];
   const std::int64_t n = n1 - n0;
+  const std::int64_t down = wave.x_items + (wave.g1 - wave.g0) * wave.middle_blocks + wave.hidden_items;
+  const mimo_matrix after = first_rows(wave, down + item + mimo_threads());
   for (std::int64_t t = 0; wave.clear && t < call.T; ++t) std::fill_n(call.y + t * call.ldy + n0, n, 0.0F);
   for (std::int64_t g = wave.g0; g < wave.g1; ++g) {
     Group &group = wave.plan->group[g];
     wait_for(group.hidden_left);
-    product(*call.table, group.mlp->down, group.down, group.count, n0, n1, memory, n, memory + wave.floats);
+    const mimo_matrix next = g + 1 < wave.g1 ? rows_of(wave.plan->group[g + 1].mlp->down, n0, n1) : after;
+    product(*call.table, group.mlp->down, group.down, group.count, n0, n1, memory, n, memory + wave.floats, next);
     for (std::int64_t i = 0; i < group.count; ++i) {
       const std::int64_t pair = group.first + i;
       call.table->add_scaled(memory + i * n, wave.plan->weight[pair], n, call.y + wave.plan->row[pair] * call.ldy + n0);

@@ -10,9 +10,10 @@ namespace {
 
 constexpr std::int64_t kUnit = 16;             // rows of W: two of the groups that are walked side by side (decode.inc)
 constexpr std::int64_t kLeastPiece = 1 << 14;  // weight bytes of an item: below, taking it costs as much as doing it
-// Prefetching runs on within a matrix of an item: one row of the real model's experts took, against items of 256 KiB,
-// 9 % more with 64 KiB, 6 % less with 1 MiB, 11 % less with 2, and no less with 4.
-constexpr std::int64_t kMostPiece = 1 << 21;
+// Rows run through memory, and every new run costs half a microsecond: one row of the real model's experts took 3 % less
+// with 8 MiB than with 2 where two cores read twice what one reads (1 % with one thread), and as much where they do not.
+constexpr std::int64_t kMostPiece = 1 << 23;
+constexpr std::int64_t kMostPanels = 1 << 21;  // panels compute, and keep their results in the cache
 constexpr std::int64_t kLongRun = 128;          // rows of down that are read on end even where all experts' are more
 constexpr std::int64_t kMostResults = 1 << 15;  // products of an item, as floats a quarter of a second-level cache
 constexpr std::int64_t kShares = 4;             // items per thread at least, as far as the others allow
@@ -88,8 +89,9 @@ std::int64_t place(Wave &wave, void *memory) noexcept {
 // have too few items or their results leave the cache.
 std::int64_t item_rows(std::int64_t rows, std::int64_t all_rows, std::int64_t row_bytes, std::int64_t count,
                        std::int64_t unit) noexcept {
+  const std::int64_t piece = unit == kPanelGrain ? kMostPanels : kMostPiece;
   const std::int64_t fair = std::max(all_rows / (mimo_threads() * kShares), kLeastPiece / row_bytes);
-  const std::int64_t most = std::min(kMostPiece / row_bytes, kMostResults / count);
+  const std::int64_t most = std::min(piece / row_bytes, kMostResults / count);
   const std::int64_t n = std::max<std::int64_t>(std::min(fair, most), 1);
   const std::int64_t blocks = (rows + n - 1) / n;
   return ((rows + blocks - 1) / blocks + unit - 1) / unit * unit;
@@ -136,7 +138,7 @@ void cut(Wave &wave) noexcept {
   wave.shared_left.store(wave.x_items, std::memory_order_relaxed);
   wave.middle_rows = item_rows(wave.width, wave.width * groups, middle / groups, most, unit);
   wave.middle_blocks = (wave.width + wave.middle_rows - 1) / wave.middle_rows;
-  const std::int64_t run = std::max(down / groups, std::min(down, kMostPiece / kLongRun));
+  const std::int64_t run = std::max(down / groups, std::min(down, kMostPanels / kLongRun));
   const std::int64_t down_rows = item_rows(wave.call->D, wave.call->D, run, most, unit);
   cut_down(wave, down, down_rows, unit);
   wave.floats = rounded(most * std::max(2 * wave.middle_rows, std::max(down_rows, kLeastPiece / down + unit)));
