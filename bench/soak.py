@@ -31,6 +31,8 @@ from mimo_local.events import Done, Failed, Token
 from mimo_local.sampler import SamplingParams
 from mimo_local.settings import Settings
 
+LEAST = 16
+"""Requests, however slow the machine is."""
 LONGEST = 24
 """Tokens of an answer, at most."""
 KINDS = ("go on", "go on", "go on", "edit", "regenerate", "anew", "long")
@@ -164,19 +166,19 @@ def run(
             loaded = watch.process.memory_info().rss
             mixed, start, minute = Load(engine, seed), time.monotonic(), 0
             mixed.one(mixed.ids(mixed.most), whole=True)  # as long as the plan has room for
-            while (elapsed := time.monotonic() - start) < seconds:
+            elapsed, done = 0.0, 1
+            while elapsed < seconds or done < LEAST:
                 mixed.one()
+                elapsed, done = time.monotonic() - start, done + 1
                 if elapsed >= 60 * minute:
                     share = (watch.peak - watch.base) / found.planned
-                    say(
-                        f"{elapsed / 60:.0f} min, {mixed.counts.total() // 2} requests: {share:.3f}"
-                    )
+                    say(f"{elapsed / 60:.0f} min, {done} requests: {share:.3f} of the plan")
                     minute = int(elapsed / 60) + 1
     grown, third = watch.peak - watch.base, max(1, len(watch.samples) // 3)
     return {
         "tool": "bench/soak.py",
         "seconds": round(elapsed, 1),
-        "requests": mixed.counts.total() // 2,
+        "requests": done,
         "counts": dict(mixed.counts),
         "disk_bytes": mixed.disk_bytes,
         "planned_bytes": found.planned,
