@@ -5,7 +5,8 @@
 Both run the same layers of the real model (random weights, uniform routing: no expert is likelier
 than another) under the same memory limit (a cgroup, so it needs root), in turn, on the same disk.
 Beside them stands what the disk itself gives for whole experts read at random in the same minutes:
-"of the disk" is the time the misses would take at that rate over the time the tokens took. Prints a
+"of the disk" is the time the misses would take at that rate over the time the tokens took; what was
+read on guesses that came true are misses, wrong guesses are not. Prints a
 table, then one line of JSON. Files are made once, in --folder; llama.cpp is built once.
 """
 
@@ -143,13 +144,17 @@ def measure(result: Result, command: list[str], pack: Path, warm: int, tokens: i
     result.token_s.append(seconds)
     if after:
         rate = expert_rate(pack)
-        missed = (after["disk_bytes"] - before["disk_bytes"]) / tokens
         names = ("vram_hits", "ram_hits", "staged_hits", "misses")
-        wanted = sum(after[name] - before[name] for name in names)
+        found = {name: after[name] - before[name] for name in names}
+        wanted = sum(found.values())
+        # What had to come from disk, in time or not; reads of wrong guesses are no use.
+        opened = Pack.open(pack)
+        expert = opened.expert_layout(opened.expert_layers[0]).stride
+        missed = (found["misses"] + found["staged_hits"]) * expert / tokens
         result.disk_gb_s.append(rate / 1e9)
         result.miss_mb_token.append(missed / 1e6)
         result.of_disk.append(missed / rate / seconds)
-        result.hit_rate.append(1 - (after["misses"] - before["misses"]) / wanted)
+        result.hit_rate.append(1 - found["misses"] / wanted)
         result.peak_rss.append(after["peak_rss"])
 
 
