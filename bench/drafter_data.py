@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -285,10 +285,10 @@ def write_chats(source: Source, folder: Path, *, tokens: int, batch: int, seed: 
             return
 
 
-def read_chats(folder: Path, skip: set[str] | None = None) -> Iterator[Chat]:
-    """Every chat of every shard not in `skip`, which grows by those read."""
-    skip = set() if skip is None else skip
-    for file in sorted(folder.glob("*.pt")):
-        if file.name not in skip:
-            skip.add(file.name)
-            yield from torch.load(file, mmap=True)
+def read_chats(folder: Path, skip: Collection[str] = ()) -> dict[str, list[Chat]]:
+    """The chats of every shard by its name, but those in `skip`; their tensors stay on disk."""
+    return {
+        file.name: torch.load(file, mmap=True)
+        for file in sorted(folder.glob("*.pt"))
+        if file.name not in skip
+    }

@@ -94,7 +94,7 @@ def measure(model: Model, heads: Sequence[Head], rows: Sequence[dict[str, Any]])
     joint, bases, tokens, verified = [0] * DRAFTS, 0, 0, 0
     for row in rows:
         ids, first = torch.tensor(row["ids"]), row["answer"]
-        made = [guesses(model, head, k, row["ids"], row["hidden"]) for k, head in enumerate(heads)]
+        made = [guesses(model, head, k, row) for k, head in enumerate(heads)]
         right = torch.stack([guess == ids for guess in made])
         for k in range(DRAFTS):
             hits[k] += int(right[k, first + 1 + k :].sum())

@@ -1,15 +1,19 @@
 """Train the demo model's three MTP layers on chats it writes with itself, and ship them in INT8.
 
-    python bench/train_demo_drafter.py chats    --work DIR --seed 1     # one process per core
     python bench/train_demo_drafter.py held-out --work DIR
-    python bench/train_demo_drafter.py train    --work DIR --head 0     # and 1, and 2
+    python bench/train_demo_drafter.py chats    --work DIR --seed 1   # and 2, ...: one per core
+    python bench/train_demo_drafter.py train    --work DIR --head 0 --stop 280
+    python bench/train_demo_drafter.py train    --work DIR --head 1 --like 0
+    python bench/train_demo_drafter.py train    --work DIR --head 2 --like 0
+    python bench/train_demo_drafter.py train    --work DIR --head 0
     python bench/train_demo_drafter.py evaluate --work DIR
     python bench/train_demo_drafter.py ship     --work DIR
 
 Each step leaves files in DIR and goes on where it stopped. `train` uses the chats that are there
-and looks for new ones after every pass; the three heads know nothing of each other. `evaluate` asks
-the hand-written prompts of drafter_prompts.txt, which nothing is trained or chosen on. `ship`
-writes mimo_local/demo_data/drafter.safetensors and docs/drafter.svg.
+and looks for new ones after every pass, which come first; heads 1 and 2 begin as copies of a head 0
+that has learned which token follows which, and from there on know nothing of each other.
+`evaluate` asks the hand-written prompts of drafter_prompts.txt, which nothing is trained or chosen
+on. `ship` writes mimo_local/demo_data/drafter.safetensors and docs/drafter.svg.
 """
 
 from __future__ import annotations
@@ -45,17 +49,26 @@ class Pool:
     """The chats on disk, mapped; those held out were written apart and are never trained on."""
 
     def __init__(self, work: Path) -> None:
-        self.folder, self.seen = work / "chats", set[str]()
-        self.train: list[Chat] = []
-        self.held_out = [chat for chat in read_chats(work / "held-out") if chat["greedy"]]
-        self.grow()
+        self.folder = work / "chats"
+        self.shards: dict[str, list[Chat]] = {}
+        held_out = read_chats(work / "held-out").values()
+        self.held_out = [chat for shard in held_out for chat in shard if chat["greedy"]]
 
-    def grow(self) -> None:
-        self.train += read_chats(self.folder, self.seen)
+    def due(self, passes: dict[str, int]) -> list[str]:
+        """Shards for the next pass: the new ones, and where there are none, all.
+
+        `passes`: how often each was trained on; new ones are counted as one pass behind.
+        """
+        self.shards |= read_chats(self.folder, self.shards)
+        least = min(passes.values(), default=1)
+        for name in self.shards:
+            passes.setdefault(name, least - 1)
+        least = min(passes.values())
+        return [name for name in self.shards if passes[name] == least]
 
     @property
     def tokens(self) -> int:
-        return sum(len(chat["ids"]) for chat in self.train)
+        return sum(len(chat["ids"]) for shard in self.shards.values() for chat in shard)
 
     def batches(self, chats: list[Chat], size: int, rng: random.Random) -> list[list[Chat]]:
         """All chats once, those of similar length together: at most `size` padded tokens each."""
@@ -129,6 +142,7 @@ class Trainer:
         )
         self.adam = torch.optim.AdamW(norms, lr=args.rate, weight_decay=0.0, betas=(0.9, 0.98))
         self.step, self.visits, self.seconds = 0, 0, 0.0
+        self.passes: dict[str, int] = {}
         self.random = random.Random(args.head)
         start = self.file
         if args.like is not None and not start.exists():
@@ -139,6 +153,7 @@ class Trainer:
             self.muon.load_state_dict(state["muon"])
             self.adam.load_state_dict(state["adam"])
             self.step, self.visits, self.seconds = state["at"]
+            self.passes = state["passes"]
         if self.log.exists():  # lines later than the checkpoint will be written again
             lines = self.log.read_text().splitlines(keepends=True)
             self.log.write_text("".join(x for x in lines if json.loads(x)["step"] <= self.step))
@@ -149,6 +164,7 @@ class Trainer:
             "muon": self.muon.state_dict(),
             "adam": self.adam.state_dict(),
             "at": (self.step, self.visits, self.seconds),
+            "passes": self.passes,
         }
         torch.save(state, self.file.with_suffix(".part"))
         self.file.with_suffix(".part").rename(self.file)
@@ -212,20 +228,24 @@ class Trainer:
         """Trains; now and then what to measure on, and the losses since."""
         losses: list[float] = []
         saved = time.monotonic()
-        while self.step < self.args.steps:
-            pool.grow()
-            for chats in pool.batches(pool.train, self.args.batch, self.random):
+        end = min(self.args.steps, self.args.stop or self.args.steps)
+        while self.step < end:
+            due = pool.due(self.passes)
+            train = [chat for name in due for chat in pool.shards[name]]
+            for chats in pool.batches(train, self.args.batch, self.random):
                 began = time.process_time()
                 losses.append(self.learn(chats))
                 self.seconds += time.process_time() - began
                 if time.monotonic() - saved > SAVE_EVERY_S:
                     saved = time.monotonic()
                     self.save()
-                if self.step % self.args.every == 0 or self.step == self.args.steps:
+                if self.step % self.args.every == 0 or self.step == end:
                     yield pool.held_out, losses
                     losses = []
-                if self.step == self.args.steps:
+                if self.step == end:
                     break
+            for name in due:
+                self.passes[name] += 1
         self.save()
 
 
@@ -240,10 +260,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--slots", type=int, default=96, help="chats: written at once")
     parser.add_argument("--head", type=int, choices=(0, 1, 2), default=0)
     parser.add_argument("--like", type=int, help="train: begin with another head's checkpoint")
-    parser.add_argument("--steps", type=int, default=1000, help="train: of head and its beginning")
+    parser.add_argument("--steps", type=int, default=640, help="train: of head and its beginning")
+    parser.add_argument("--stop", type=int, help="train: the step to stop at for now")
     parser.add_argument("--batch", type=int, default=4096, help="train: tokens of a step")
     parser.add_argument("--rate", type=float, default=0.005)
-    parser.add_argument("--fall", type=float, default=0.5, help="train: part of the steps")
+    parser.add_argument("--fall", type=float, default=0.4, help="train: part of the steps")
     parser.add_argument("--every", type=int, default=50, help="train: steps between measurements")
     return parser.parse_args()
 

@@ -26,7 +26,7 @@ from mimo_local.settings import Paths
 
 OnProgress = Callable[[Progress], None] | None
 
-DEMO_VERSION = 3
+DEMO_VERSION = 4
 """Part of every pack's folder name; raise it when what goes into a pack changes."""
 VARIANTS = ("swa", "exact")
 FORMATS = ("int8", "nf4", "bf16")
