@@ -126,6 +126,8 @@ class DraftController:
         self._pass_s = [Mean() for _ in range(most + 1)]
         """Seconds of the model's pass, by the drafts it verifies."""
         self._draft_s = [Mean() for _ in range(most)]
+        self._rough = [False] * most
+        """Whether all that is known of a step's draft is one that had to catch up."""
         self._acceptance = Acceptance(most)
         self._chances = [deque[float](maxlen=32) for _ in range(most)]
         """Chances of the last drafts, by step."""
@@ -141,6 +143,8 @@ class DraftController:
         # Of the pass under way:
         self._room, self._forced = 0, 0
         self._drafts: list[float] = []
+        self._made = self._made_before = 0
+        """Drafts made, dropped ones too, in this pass and in the one before."""
         self._chain, self._drafting_s, self._took = 1.0, 0.0, 0.0
         self._mark: float | None = None
         self._accepted = self._judged = 0
@@ -173,6 +177,7 @@ class DraftController:
             if self._trials:
                 self._forced = min(self._trials.pop(), self._room)
         self._drafts.clear()
+        self._made_before, self._made = self._made, 0
         self._chain, self._drafting_s = 1.0, 0.0
         self._mark = self._clock()
 
@@ -189,9 +194,10 @@ class DraftController:
         False: it is dropped, and there are no more.
         """
         step = len(self._drafts)
+        self._made += 1
         took = self._lap()
         self._drafting_s += took
-        self._draft_s[step].add(took, self._tokens)
+        self._learn_draft(step, took)
         chance = self._acceptance.chance(step, p)
         self._chances[step].append(chance)
         chain = self._chain * chance
@@ -203,6 +209,17 @@ class DraftController:
         self._chain = chain
         self._drafts.append(p)
         return True
+
+    def _learn_draft(self, step: int, took: float) -> None:
+        """A draft after a pass without one catches up with the rows between: not its usual time."""
+        known = self._draft_s[step]
+        late = step >= self._made_before
+        if late and known.n:
+            return
+        if known.n and self._rough[step]:
+            known.n = 0
+        self._rough[step] = late
+        known.add(took, self._tokens)
 
     def verify(self) -> None:
         """The model's pass begins."""

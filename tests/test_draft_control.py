@@ -166,6 +166,24 @@ def test_the_report_counts_tokens_and_says_why() -> None:
     assert DraftController(STEPS).report().note == ""
 
 
+def test_the_first_draft_after_a_pause_is_not_what_drafts_take() -> None:
+    """It catches up with the rows it missed: twenty times as long, and soon over."""
+    machine = Machine(*REGIMES["experts at hand, many shared"], seed=1)
+    machine.passes, paused = (10, 13.5, 16.5, 19), [True]
+
+    class Late(DraftController):
+        def begin(self, room: int) -> None:
+            super().begin(room)
+            paused.append(not self._made_before)
+
+        def keep(self, p: float) -> bool:
+            if paused[-1]:
+                machine.now += 14
+            return super().keep(p)
+
+    assert machine.answer(Late(STEPS, clock=machine.clock), 400) >= 1.2 / 10
+
+
 def test_one_hiccup_is_no_measurement() -> None:
     mean = Mean()
     for i in range(20):
