@@ -193,7 +193,7 @@ def picture(logs: Sequence[list[dict[str, Any]]]) -> str:
             )
     for k, colour in enumerate(COLOURS):
         x = 585 + 50 * k
-        parts.append(f'<text x="{x}" y="20" fill="{colour}">layer {k}</text>')
+        parts.append(f'<text x="{x}" y="240" fill="{colour}">layer {k}</text>')
     return "\n".join([*parts, "</svg>\n"])
 
 
