@@ -35,6 +35,23 @@ def user_home(
     yield home
 
 
+@pytest.fixture(params=["native", "torch"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Once with the library, once with the torch way through every layer; one thread for both."""
+    import torch  # not for tests that need none
+
+    from mimo_local import kernels
+
+    if request.param == "torch":
+        monkeypatch.setattr(kernels, "get", lambda: None)
+    elif kernels.get() is None:
+        pytest.skip("without the native kernels there is only the torch way")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield request.param
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
     """`golden(name, text)` compares with tests/golden/<name>; `--update-golden` writes it."""

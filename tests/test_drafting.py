@@ -18,7 +18,6 @@ from fakes import FakeCache, FakeModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mimo_local import kernels
 from mimo_local.cache import KVCache
 from mimo_local.draft_control import DraftController
 from mimo_local.engine import Engine
@@ -149,18 +148,6 @@ def test_right_drafts_save_passes_and_none_is_made_for_nothing() -> None:
     assert figures.tokens_per_pass == 4
     assert model.rows == len(PROMPT) + 20
     assert oracle.made == 15
-
-
-@pytest.fixture(params=["native", "torch"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    if request.param == "torch":
-        monkeypatch.setattr(kernels, "get", lambda: None)
-    elif kernels.get() is None:
-        pytest.skip("without the native kernels there is only the torch way")
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 class Tiny:

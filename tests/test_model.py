@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ import pytest
 import tiny
 import torch
 
-from mimo_local import kernels
 from mimo_local.cache import KVCache
 from mimo_local.errors import CancelledError, ContextOverflowError, UsageError
 from mimo_local.events import Progress
@@ -57,17 +56,7 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True, params=["native", "torch"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Everything here holds for the library's blocks and for the torch way through a layer."""
-    if request.param == "torch":
-        monkeypatch.setattr(kernels, "get", lambda: None)
-    elif kernels.get() is None:
-        pytest.skip("without the native kernels there is only the torch way")
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield request.param
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("way")
 
 
 def load(folder: Path, **kwargs: Any) -> Model:

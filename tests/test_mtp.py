@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 import tiny
 import torch
 
-from mimo_local import kernels, mtp
+from mimo_local import mtp
 from mimo_local.cache import KVCache
 from mimo_local.draft_cache import DraftCache
 from mimo_local.experts.store import ExpertStore
@@ -24,16 +23,7 @@ WINDOW = 9
 MTP = 3
 
 
-@pytest.fixture(autouse=True, params=["native", "torch"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    if request.param == "torch":
-        monkeypatch.setattr(kernels, "get", lambda: None)
-    elif kernels.get() is None:
-        pytest.skip("without the native kernels there is only the torch way")
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield request.param
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("way")
 
 
 class Reference:

@@ -6,7 +6,7 @@ import errno
 import itertools
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import pytest
 import tiny
 import torch
 
-from mimo_local import hidden, kernels
+from mimo_local import hidden
 from mimo_local.cache import KVCache
 from mimo_local.errors import CancelledError, ContextOverflowError, DiskSpaceError, UsageError
 from mimo_local.events import Progress
@@ -59,16 +59,7 @@ class FileOrder(ExpertStore):
         return y
 
 
-@pytest.fixture(autouse=True, params=["native", "torch"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    if request.param == "torch":
-        monkeypatch.setattr(kernels, "get", lambda: None)
-    elif kernels.get() is None:
-        pytest.skip("without the native kernels there is only the torch way")
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield request.param
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("way")
 
 
 def load(folder: Path) -> Model:

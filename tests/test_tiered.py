@@ -54,15 +54,6 @@ def whole(pack: Path) -> ExpertStore:
     return ExpertStore(open_weights(pack))
 
 
-@pytest.fixture(params=["native", "torch"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "torch":
-        monkeypatch.setattr(kernels, "get", lambda: None)
-    elif kernels.get() is None:
-        pytest.skip("without the native kernels there is only the torch way")
-    return str(request.param)
-
-
 def weights(pack: Path) -> PackWeights:
     found = open_weights(pack)
     assert isinstance(found, PackWeights)
