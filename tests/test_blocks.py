@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -163,15 +164,19 @@ def test_a_quantised_layer_is_the_torch_layer_but_for_rounded_activations(
 ) -> None:
     """All experts chosen: a choice that flips would hide what rounding does."""
     d = tiny.config("fs", "dm", window=6, hidden=64, top_k=8, intermediate=128, moe_intermediate=64)
-    folder = tiny.write(tmp_path / "m", d, seed=5)
-    convert(folder, tmp_path / "pack", Recipe.for_format(fmt))
-    model = load(tmp_path / "pack")
-    for n in (1, 7, 33):
-        ids = ids_for(model, n)
-        found = model.forward([Segment(ids, model.new_cache())])
-        wanted = torch_way(model, [Segment(ids, model.new_cache())])
-        # Activations in 8 bits cost 0.7 % a product, and seven products follow each other.
-        assert relative(found, wanted) < (1e-5 if fmt == "bf16" else 0.03)
+    errors: dict[int, list[float]] = {1: [], 7: [], 33: []}
+    for seed in range(5, 10):
+        folder = tiny.write(tmp_path / f"m{seed}", d, seed=seed)
+        convert(folder, tmp_path / f"pack{seed}", Recipe.for_format(fmt))
+        model = load(tmp_path / f"pack{seed}")
+        for n, found in errors.items():
+            ids = ids_for(model, n)
+            native = model.forward([Segment(ids, model.new_cache())])
+            found.append(relative(native, torch_way(model, [Segment(ids, model.new_cache())])))
+    # Activations in 8 bits cost 0.7 % a product, and seven products follow each other. A single row
+    # may be a third off its mean (20 seeds: 1.7 % on average, 3.0 at most), so models are averaged.
+    for found in errors.values():
+        assert sum(found) / len(found) < (1e-5 if fmt == "bf16" else 0.027)
 
 
 def test_the_change_alone_is_what_would_be_added(model: Model) -> None:
@@ -246,19 +251,30 @@ def test_a_store_that_wants_guesses_gets_them_before_a_layer_is_run(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, seen = model.layers[1].mlp.experts, []
-    monkeypatch.setattr(store, "wants_guesses", True)
+    plain = store.run
+
+    def run(*args: Any, meanwhile: Any = None) -> torch.Tensor:
+        if meanwhile is not None:  # as a store does whose reads have begun
+            meanwhile()
+        return plain(*args)
+
+    monkeypatch.setattr(type(store), "wants_guesses", True)
     monkeypatch.setattr(store, "expect", lambda layer, ids: seen.append(("expect", layer, ids)))
+    monkeypatch.setattr(store, "run", run)
     store.watch(lambda layer, ids: seen.append(("run", layer, ids)))
     changes: dict[str, torch.Tensor] = {}
     try:
         model.forward([Segment(ids_for(model, 3), model.new_cache())], trace=changes.__setitem__)
     finally:
         store.watch(None)
-    order = [("expect", 2), ("run", 1), ("expect", 3), ("run", 2), ("run", 3)]
+    # The first layer's guess comes from the embedding, before anything else is computed.
+    order = [("expect", n) for n in (1, 2)] + [("run", 1), ("expect", 3), ("run", 2), ("run", 3)]
     assert [entry[:2] for entry in seen] == order
     # The next layer's norm and router on x after attention, this layer's experts left out.
     x = changes["layers.1"] - changes["layers.1.mlp"]
     following = model.layers[2]
     normed = ops.rms_norm(x, following.post_norm, model.config.rms_eps)
-    wanted, _ = ops.route(normed, following.mlp.router, following.mlp.bias, model.config)
-    assert torch.equal(seen[0][2].long(), wanted.sort(dim=1).values)
+    wanted, weight = ops.route(normed, following.mlp.router, following.mlp.bias, model.config)
+    assert sorted(seen[1][2].tolist()) == sorted(wanted.flatten().tolist())
+    best = wanted.flatten()[weight.argmax()]
+    assert seen[1][2][0] == best, "the likeliest first"
