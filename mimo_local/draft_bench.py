@@ -24,6 +24,7 @@ import torch
 from mimo_local.cache import KVCache
 from mimo_local.config import ModelConfig
 from mimo_local.draft_control import DraftController
+from mimo_local.errors import UsageError
 from mimo_local.events import DraftFigures, Progress
 from mimo_local.generate import Drafting, generate
 from mimo_local.model import Model, Segment
@@ -123,6 +124,10 @@ class DraftBench:
 
         One controller decides for all answers, as in an engine; at the first it knows nothing.
         """
+        if rounds < 1 or not self.prompts or self.params.max_tokens < 2:
+            raise UsageError(
+                "there is nothing to measure", hint="use `-r 1` or more, and `-n 2` or more"
+            )
         total = rounds * len(self.prompts) * len(self.depths)
         self._answer(self.prompts[0], self.depths[0])
         done, self.ids = 0, [[] for _ in self.prompts]
@@ -138,6 +143,8 @@ class DraftBench:
                     self.ids[i], done = ids, done + 1
                     if self.on_progress is not None:
                         self.on_progress(Progress("measuring drafts", done, total, "answers"))
+        if not self.depths[0].token_s:
+            raise UsageError("every answer ended at once", hint="the model says nothing to measure")
         return [depth.to_dict(self.depths[0]) for depth in self.depths]
 
     def _answer(self, prompt: Sequence[int], depth: Depth) -> list[int]:

@@ -177,6 +177,7 @@ def test_a_quantised_layer_is_the_torch_layer_but_for_rounded_activations(
     # may be a third off its mean (20 seeds: 1.7 % on average, 3.0 at most), so models are averaged.
     for found in errors.values():
         assert sum(found) / len(found) < (1e-5 if fmt == "bf16" else 0.027)
+        assert max(found) < (1e-5 if fmt == "bf16" else 0.033)
 
 
 def test_the_change_alone_is_what_would_be_added(model: Model) -> None:

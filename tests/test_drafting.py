@@ -6,6 +6,7 @@ on tiny models with random MTP layers, greedy and sampled, in both ways through 
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,8 +20,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mimo_local.cache import KVCache
+from mimo_local.cli import main
 from mimo_local.draft_control import DraftController
 from mimo_local.engine import Engine
+from mimo_local.errors import ExitCode
 from mimo_local.events import Done, FinishReason, Token
 from mimo_local.experts.store import ExpertStore
 from mimo_local.generate import Drafting, generate
@@ -250,3 +253,30 @@ def test_a_chat_that_goes_on_back_and_over_is_the_same(small: Tiny) -> None:
         chats[which] = [*chats[which], *outs[0][0], *dice.choices(range(24), k=4)]
     for engine in engines:
         engine.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["-r", "0"], "nothing to measure"),
+        (["-n", "1"], "nothing to measure"),
+        (["--experts", "int8"], "--experts is not for drafts"),
+        (["--layers", "99"], "99 layers"),
+    ],
+)
+def test_a_bench_that_cannot_be_is_refused(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "--shape", "tiny", "--draft", "-n", "8", *options]) == ExitCode.USAGE
+    assert message in capsys.readouterr().err
+
+
+def test_the_bench_measures_every_depth(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--shape", "tiny", "--draft", "-n", "12", "-r", "1"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert len(found["regimes"]) == 2
+    for depths in found["regimes"].values():
+        assert [depth["name"] for depth in depths] == ["off", "1", "2", "3", "auto"]
+        for depth in depths:
+            passes = sum(depth["by_drafts"])
+            assert passes + sum(depth["accepted"]) == depth["tokens"] == 11

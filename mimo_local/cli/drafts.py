@@ -75,8 +75,12 @@ def model(settings: Settings, tokens: int, rounds: int) -> int:
     return ExitCode.OK
 
 
-def shape(name: str, layers: int, vocab: int, tokens: int, rounds: int) -> int:
+def shape(name: str, wished: Mapping[str, Any], tokens: int, rounds: int) -> int:
     """Layers of the real model, told what to answer, all experts in RAM."""
+    given = {option: value for option, value in wished.items() if value is not None}
+    layers, vocab = given.pop("layers", 3), given.pop("vocab", 4096)
+    for option in given:
+        raise UsageError(f"--{option} is not for drafts", hint="leave out --draft or the option")
     import torch
 
     from mimo_local import draft_bench

@@ -98,7 +98,7 @@ def bench(
         if model is not None:
             raise UsageError("--shape measures no --model", hint="leave one of them out")
         if draft:
-            return drafts.shape(shape, layers or 3, vocab or 4096, counts(n_gen)[0], reps)
+            return drafts.shape(shape, wished, counts(n_gen)[0], reps)
         return shapes.run(shape, counts(threads) if threads else (), wished)
     for name, value in wished.items():
         if value is not None:
