@@ -6,6 +6,7 @@ Called by cli, tui, summarize and api. Which control tokens a turn needs is the 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import date
@@ -82,12 +83,41 @@ class TokenizerLike(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Attachment:
+    """A document given along with a message: what it is called, and its text."""
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A function the model wants called. `arguments`: a JSON object as text."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
     """One turn. `reasoning`: what an assistant thought before it answered."""
 
     role: Role
     content: str
     reasoning: str = ""
+    attachments: tuple[Attachment, ...] = ()
+    """Documents that come before the content."""
+    tool_calls: tuple[ToolCall, ...] = ()
+    """What an assistant wanted called."""
+    tool_call_id: str = ""
+    """Of a tool's message: the call it answers."""
+
+    @property
+    def text(self) -> str:
+        """What the model reads: the documents under their names, then the content."""
+        parts = [f"Document {a.name}:\n\n{a.text}" for a in self.attachments]
+        return "\n\n".join([*parts, self.content] if self.content else parts)
 
 
 @dataclass(slots=True)
@@ -99,28 +129,46 @@ class Chat:
     """Empty: the one the model's authors recommend, if the model is MiMo; else the template's."""
     preset: str = "chat"
     thinking: bool = False
+    tools: tuple[dict[str, Any], ...] = ()
+    """Functions the model may call, in OpenAI's form: {"type": "function", "function": {...}}."""
 
     def render(self, tokenizer: TokenizerLike, *, today: date | None = None) -> list[int]:
         """Ids of the whole conversation, up to where the answer begins.
 
         Both template switches are always given: their defaults differ between releases. Earlier
-        thinking is left out, as the model was trained; it returns with tools.
+        thinking is left out, as the model was trained, except with tools: there it is wanted back.
         """
         messages: list[dict[str, Any]] = []
         system = self.system or (mimo_system(today or date.today()) if is_mimo(tokenizer) else "")
         if system and not any(message.role == "system" for message in self.messages):
             messages.append({"role": "system", "content": system})
-        for message in self.messages:
-            entry: dict[str, Any] = {"role": message.role, "content": message.content}
-            if message.reasoning:
-                entry["reasoning_content"] = message.reasoning
-            messages.append(entry)
+        messages += map(_entry, self.messages)
         return tokenizer.render_chat(
             messages,
             add_generation_prompt=True,
             enable_thinking=self.thinking,
-            keep_all_reasoning=False,
+            keep_all_reasoning=bool(self.tools),
+            **({"tools": list(self.tools)} if self.tools else {}),
         )
+
+
+def _entry(message: Message) -> dict[str, Any]:
+    """A message as templates expect it: arguments of calls as an object, not as text."""
+    entry: dict[str, Any] = {"role": message.role, "content": message.text}
+    if message.reasoning:
+        entry["reasoning_content"] = message.reasoning
+    if message.tool_calls:
+        entry["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": json.loads(call.arguments)},
+            }
+            for call in message.tool_calls
+        ]
+    if message.tool_call_id:
+        entry["tool_call_id"] = message.tool_call_id
+    return entry
 
 
 def is_mimo(tokenizer: TokenizerLike) -> bool:
@@ -242,7 +290,7 @@ class Reply:
     def __init__(
         self,
         engine: Engine,
-        session: Session,
+        session: Session | None,
         chat: Chat,
         params: SamplingParams,
         stop: Sequence[str],
@@ -295,7 +343,7 @@ class Reply:
 
 def ask(
     engine: Engine,
-    session: Session,
+    session: Session | None,
     chat: Chat,
     params: SamplingParams | None = None,
     *,
@@ -303,6 +351,7 @@ def ask(
 ) -> Reply:
     """Answer the chat's last message; `params` default to the chat's preset.
 
+    Without a `session` the engine finds the one that knows most of this chat already.
     When the answer is done, also by a cancel, it is appended to `chat.messages`; a failed one is
     not. Raises UsageError for a chat without a question or a model without a tokenizer.
     """

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from mimo_local.generate import Drafting
     from mimo_local.model import Model
     from mimo_local.runs import Recorder
+    from mimo_local.sampler import Constraint
     from mimo_local.settings import Settings
     from mimo_local.tokenizer import Tokenizer
 
@@ -141,14 +142,18 @@ class Engine:
 
     def submit(
         self,
-        session: Session,
+        session: Session | None,
         ids: Sequence[int],
         params: SamplingParams,
         *,
         stop: Sequence[str] = (),
+        constraint: Constraint | None = None,
+        logprobs: int | None = None,
     ) -> Stream:
         """Ask for the continuation of `ids`; answers are made one after another, in this order.
 
+        Without a `session` the engine takes one of its own. `constraint`: which ids are allowed.
+        `logprobs`: tokens come with their own logprob and so many of the likeliest ids'.
         The answer ends before the first of the `stop` texts. Whatever `ids` share with the
         session's cache is not processed again. Raises UsageError, ContextOverflowError.
         """
@@ -156,6 +161,7 @@ class Engine:
         if any(stop) and self.tokenizer is None:
             raise UsageError("stop texts need a tokenizer", hint="use stop ids, or add the files")
         params = Sampler(params).params
+        session = session or self.new_session()
         stream = Stream(params.seed or 0, self._drop)
         decoder = self.tokenizer.stream() if self.tokenizer else None
         self._enqueue(_Request(stream, session, ids, params, TextOutput(decoder, stop)))

@@ -42,6 +42,10 @@ class Token:
 
     id: int
     text: str
+    logprob: float | None = None
+    """Natural logarithm of the model's own probability, before any sampling filter; if asked."""
+    top: tuple[tuple[int, float], ...] = ()
+    """The likeliest ids and their logprobs, likeliest first; if asked."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from mimo_local.errors import ModelFilesError, UsageError
 
@@ -56,6 +56,16 @@ class SamplingParams:
                 raise UsageError(
                     f"{name} is {getattr(self, name)}", hint=f"{name} must be {wanted}"
                 )
+
+
+class Constraint(Protocol):
+    """What an answer may consist of, id by id: a grammar. Used by one request, from one thread."""
+
+    def mask(self, logits: Tensor) -> Tensor:
+        """Logits (V,) f32 with -inf for ids that must not come next; at least one is left."""
+
+    def advance(self, token: int) -> bool:
+        """This id was drawn; whether the answer is complete and must end behind it."""
 
 
 class Sampler:

@@ -33,7 +33,7 @@ from mimo_local.experts.meters import Meters
 if TYPE_CHECKING:
     import torch
 
-    from mimo_local.sampler import SamplingParams
+    from mimo_local.sampler import Constraint, SamplingParams
 
 
 # ---- for engine users (chat, summarize, cli, tui) ------------------------------------------------
@@ -99,6 +99,8 @@ class Request:
     ids: list[int]
     params: SamplingParams
     stop: tuple[str, ...]
+    constraint: Constraint | None = None
+    logprobs: int | None = None
 
     @property
     def prompt(self) -> str:
@@ -221,15 +223,18 @@ class FakeEngine:
 
     def submit(
         self,
-        session: FakeSession,
+        session: FakeSession | None,
         ids: Sequence[int],
         params: SamplingParams,
         *,
         stop: Sequence[str] = (),
+        constraint: Constraint | None = None,
+        logprobs: int | None = None,
     ) -> FakeStream:
         if not ids:
             raise UsageError("the prompt is empty", hint="give at least one token")
-        request = Request(session, list(ids), params, tuple(stop))
+        session = session or FakeSession()
+        request = Request(session, list(ids), params, tuple(stop), constraint, logprobs)
         self.requests.append(request)
         if self._answers:
             answer = self._answers.popleft()
