@@ -14,6 +14,7 @@ MimoError
 ├── DocumentError        1    a document that cannot be read
 ├── TraceError           1    a routing trace that cannot be read
 ├── DownloadError        1    a package or a file that cannot be fetched
+├── BusyError            1    more requests wait for the engine than it lets wait
 └── CancelledError     130    the user stopped it
 
 Knows no other module. The CLI turns `exit_code` into the exit status, everyone else just raises.
@@ -109,6 +110,10 @@ class TraceError(MimoError):
 
 class DownloadError(MimoError):
     """Something could not be fetched, or what came does not match its checksum."""
+
+
+class BusyError(MimoError):
+    """Too many requests are waiting already; asking again later may succeed."""
 
 
 class CancelledError(MimoError):

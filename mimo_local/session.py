@@ -57,3 +57,24 @@ class Session:
         here = self.cache.length
         if here and all(s.length != here for s in self._snapshots):
             self._snapshots = [*self._snapshots[1 - MAX_SNAPSHOTS :], self.cache.snapshot()]
+
+
+class Unkept:
+    """Sessions for engines that keep none between requests."""
+
+    def __init__(self, new_cache: Callable[[], KVCache]) -> None:
+        self._new_cache = new_cache
+
+    def take(self, ids: Sequence[int]) -> Session:
+        """An empty one, whatever the prompt."""
+        return Session(self._new_cache)
+
+    def give_back(self, session: Session) -> None:
+        """It is forgotten."""
+
+    def rest(self, interrupted: Callable[[], bool]) -> bool:
+        """Nothing to save."""
+        return False
+
+    def close(self) -> None:
+        """Nothing to end."""

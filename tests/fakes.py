@@ -368,7 +368,7 @@ class FakeModel:
     def forward(self, segments: Sequence[Any], *, trace: Any = None) -> torch.Tensor:
         import torch
 
-        rows = []
+        rows, longer = [], []
         for segment in segments:
             held = list(segment.cache.held)
             for token in segment.ids.tolist():
@@ -380,7 +380,9 @@ class FakeModel:
                 self.rows += 1
                 digest = zlib.crc32(repr(held).encode())
                 rows.append([float(len(held)), float(digest % (1 << 20))])
-            segment.cache.extend(held[segment.cache.length :])  # only a whole step is committed
+            longer.append((segment.cache, held[segment.cache.length :]))
+        for cache, new in longer:  # only a whole step is committed
+            cache.extend(new)
         return torch.tensor(rows, dtype=torch.float32)
 
     def prefill(
