@@ -120,3 +120,21 @@ class CancelledError(MimoError):
     """The user stopped the work; what was made so far is kept."""
 
     exit_code = ExitCode.INTERRUPTED
+
+
+def as_mimo_error(error: BaseException) -> MimoError:
+    """The error itself, or an unexpected one in our terms with the original as its cause."""
+    if isinstance(error, MimoError):
+        return error
+    # torch reports a failed allocation as a RuntimeError with this text.
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        wrapped: MimoError = NotEnoughMemoryError(
+            "the memory ran out while answering", hint="use a smaller --context or a smaller format"
+        )
+    else:
+        wrapped = MimoError(
+            f"the engine failed: {type(error).__name__}: {error}",
+            hint="ask again; if it happens twice, report it with the output of `mimo doctor`",
+        )
+    wrapped.__cause__ = error
+    return wrapped

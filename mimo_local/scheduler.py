@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 import torch
 
-from mimo_local.errors import CancelledError, MimoError, NotEnoughMemoryError
+from mimo_local.errors import CancelledError, as_mimo_error
 from mimo_local.events import Done, Failed, FinishReason, Prefill, Stats, Token
 from mimo_local.generate import Decoding, Drafting, condition, forward, read_prompt
 from mimo_local.inbox import Fit, Inbox, Item, Request, Scoring
@@ -385,21 +385,3 @@ def _report(request: Request, done: int, total: int) -> None:
     rate = (done - before) / (now - then) if then and now > then else 0.0
     request.reported = (done, now)
     request.stream.put(Prefill(done, total, rate))
-
-
-def as_mimo_error(error: BaseException) -> MimoError:
-    """The error itself, or an unexpected one in our terms with the original as its cause."""
-    if isinstance(error, MimoError):
-        return error
-    # torch reports a failed allocation as a RuntimeError with this text.
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-        wrapped: MimoError = NotEnoughMemoryError(
-            "the memory ran out while answering", hint="use a smaller --context or a smaller format"
-        )
-    else:
-        wrapped = MimoError(
-            f"the engine failed: {type(error).__name__}: {error}",
-            hint="ask again; if it happens twice, report it with the output of `mimo doctor`",
-        )
-    wrapped.__cause__ = error
-    return wrapped
