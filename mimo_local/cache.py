@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from mimo_local import cache_file
-from mimo_local.cache_layers import FullKV, Place, RingKV, View
+from mimo_local.cache_layers import FullKV, Place, RingKV, Rows, View
 from mimo_local.config import ModelConfig
 from mimo_local.errors import UsageError
 
@@ -29,7 +29,7 @@ class Snapshot:
     """
 
     length: int
-    rings: dict[int, tuple[int, torch.Tensor, torch.Tensor]] = field(repr=False)
+    rings: dict[int, tuple[int, Rows]] = field(repr=False)
     draft: Any = field(default=None, repr=False)
     """What the cache's `draft` gave."""
     stale: bool = False
@@ -37,7 +37,7 @@ class Snapshot:
     @property
     def nbytes(self) -> int:
         """Bytes of the copies of rings."""
-        return sum(k.nbytes + v.nbytes for _, k, v in self.rings.values())
+        return sum(part.nbytes for _, rows in self.rings.values() for part in rows.values())
 
 
 class Follower(Protocol):
@@ -181,8 +181,8 @@ class KVCache:
         rings = {}
         for i, ring in enumerate(self.layers):
             if isinstance(ring, RingKV):
-                first, k, v = ring.rows(self.length)
-                rings[i] = (first, k.clone(), v.clone())
+                first, rows = ring.rows(self.length)
+                rings[i] = (first, {name: part.clone() for name, part in rows.items()})
         draft = None if self.draft is None else self.draft.snapshot()
         snapshot = Snapshot(self.length, rings, draft)
         self._snapshots.add(snapshot)
@@ -207,9 +207,9 @@ class KVCache:
         tensors: dict[str, torch.Tensor] = {}
         firsts: list[int] = []
         for i, layer in enumerate(self.layers):
-            first, k, v = layer.rows(self.length)
+            first, rows = layer.rows(self.length)
             firsts.append(first)
-            tensors[f"layers.{i}.k"], tensors[f"layers.{i}.v"] = k.contiguous(), v.contiguous()
+            tensors |= {f"layers.{i}.{name}": part.contiguous() for name, part in rows.items()}
         facts = {"first": firsts, "length": self.length, "slack": self.slack}
         cache_file.write(Path(path), self.config, facts, tensors)
 
@@ -222,6 +222,7 @@ class KVCache:
         dtype = tensors["layers.0.k"].dtype
         cache = cls(config, dtype=dtype, slack=facts["slack"], device=device)
         for i, layer in enumerate(cache.layers):
-            layer.load(facts["first"][i], tensors[f"layers.{i}.k"], tensors[f"layers.{i}.v"])
+            rows = {name: tensors[f"layers.{i}.{name}"] for name in layer.stored}
+            layer.load(facts["first"][i], rows)
         cache.length = facts["length"]
         return cache
