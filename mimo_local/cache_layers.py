@@ -5,6 +5,7 @@ Knows rows and positions; `cache` makes one per layer, commits and takes back fo
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -54,6 +55,12 @@ class _Store:
     def nbytes(self) -> int:
         """Bytes held, used or not."""
         return sum(part.nbytes for part in self.stored.values())
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes one position takes."""
+        parts = self.stored.values()
+        return sum(part.itemsize * math.prod(part.shape[1:]) for part in parts)
 
     def blank(self, first: int, n: int) -> Rows:
         """Forget all rows; those of positions first .. first + n, for the caller to write."""
@@ -217,8 +224,13 @@ class FullKV(_Store):
         if first:
             raise ValueError(f"a full layer starts at position 0, not {first}")
         if n > self.capacity:
-            self._grow(0, n)
+            self._grow(0, n + n // 4)  # the next rows need not move these
         return {name: part[:n] for name, part in self.stored.items()}
+
+    def trim(self, length: int) -> None:
+        """Rows 0 .. `length` in memory of their own, with room for some more."""
+        self.capacity = 0
+        self._grow(length, length + length // 4)
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
