@@ -102,15 +102,15 @@ class Session:
         """Which point to give up: the one in the smallest gap, as seen from the end.
 
         Turns are edited near the end more often than long before it: points lie the wider apart
-        the older they are, and never is more read again than about a third of what came since.
-        The newest two stay: the beginning and the end of the last answer.
+        the older they are. Wherever one goes back to, what is read again is about as much as was
+        said since, at most (60 turns: 0.8 of it). The newest two, an answer's ends, stay.
         """
         lengths = [0, *(s.length for s in self._snapshots)]
-        end = lengths[-1]
+        end, last = lengths[-1], lengths[-1] - lengths[-2]
 
         def gap(i: int) -> float:
             before, after = lengths[i], lengths[i + 2]
-            return (after - before) / (end - before + 1)
+            return (after - before) / (end - after + last)
 
         return min(range(len(self._snapshots) - 2), key=gap)
 

@@ -270,6 +270,7 @@ class FakeSnapshot:
     stale: bool = False
     nbytes: int = 0
     low: int = 0
+    rings: object = field(default_factory=object)
 
     def reach(self, n: int) -> int:
         return 0 if self.stale or n < self.low else min(n, self.length)
