@@ -12,14 +12,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from mimo_local.errors import ContextOverflowError, UsageError
 from mimo_local.events import Done, Progress, Stats
 from mimo_local.experts.meters import figures
 from mimo_local.inbox import MOST_WAITING, Inbox, Request, Scoring
 from mimo_local.sampler import Sampler, SamplingParams
-from mimo_local.session import MAX_SNAPSHOTS, Session, Unkept
+from mimo_local.session import MAX_SNAPSHOTS, Session
 from mimo_local.stream import Stream, TextOutput
 
 if TYPE_CHECKING:
@@ -32,9 +32,12 @@ if TYPE_CHECKING:
     from mimo_local.model import Model
     from mimo_local.runs import Recorder
     from mimo_local.sampler import Constraint
-    from mimo_local.scheduler import Scheduler, Sessions
+    from mimo_local.scheduler import Scheduler
     from mimo_local.settings import Settings
     from mimo_local.tokenizer import Tokenizer
+
+SESSION_BYTES: Final = 1 << 30
+"""Memory for conversations where no plan says how much there is."""
 
 __all__ = ["MAX_SNAPSHOTS", "Engine", "Session", "Stream"]
 
@@ -54,15 +57,14 @@ class Engine:
         kernel: str = "",
         recorder: Recorder | None = None,
         drafting: Drafting | None = None,
-        sessions: Sessions | None = None,
-        kv_room: int | None = None,
+        session_bytes: int = SESSION_BYTES,
         most_waiting: int = MOST_WAITING,
     ) -> None:
         """`new_cache`: how sessions keep keys and values; by default the model's own way.
 
         `recorder`: told what each answer took. `drafting`: for caches that have its part.
-        `sessions`: those nobody holds. `kv_room`: bytes for keys and values of all requests that
-        run at once; one always may. `most_waiting`: requests before `submit` raises BusyError.
+        `session_bytes`: of all conversations, those that are answered at once (one always may be)
+        and those that rest. `most_waiting`: requests before `submit` raises BusyError.
         """
         self.name, self.description, self.kernel = name, description, kernel
         self.tokenizer, self.context_limit = tokenizer, context_limit
@@ -75,7 +77,7 @@ class Engine:
         self._recorder = recorder
         self._drafting = drafting
         self._inbox = Inbox(most_waiting)
-        self._scheduler = self._scheduling(sessions, kv_room)
+        self._scheduler = self._scheduling(session_bytes)
         # A daemon, and closed at exit: a forgotten engine must not keep the interpreter alive.
         self._thread = threading.Thread(target=self._scheduler.run, name="mimo-engine", daemon=True)
         atexit.register(self.close)
@@ -105,6 +107,7 @@ class Engine:
             kernel=found.kernel,
             recorder=found.recorder,
             drafting=drafting,
+            session_bytes=found.session_bytes,
         )
 
     def new_session(self) -> Session:
@@ -219,25 +222,17 @@ class Engine:
             kernel=self.kernel,
         )
 
-    def _scheduling(self, sessions: Sessions | None, kv_room: int | None) -> Scheduler:
+    def _scheduling(self, session_bytes: int) -> Scheduler:
         from mimo_local.scheduler import Scheduler
+        from mimo_local.session_pool import SessionPool
 
         return Scheduler(
             self._model,
             self._inbox,
-            sessions or Unkept(self._new_cache),
+            SessionPool(self._new_cache, budget=session_bytes),
             stop_ids=self.stop_ids,
             context_limit=self.context_limit,
             stats=self._stats,
-            need=self._need,
-            room=kv_room,
             drafting=self._drafting,
             recorder=self._recorder,
         )
-
-    def _need(self, request: Request) -> int:
-        """Bytes of keys and values if the answer becomes as long as it may."""
-        from mimo_local.sizes import kv_bytes
-
-        tokens = min(len(request.ids) + request.params.max_tokens, self.context_limit)
-        return kv_bytes(self.config, tokens)

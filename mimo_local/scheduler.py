@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final
 
 import torch
 
@@ -27,7 +27,7 @@ from mimo_local.stream import NO_ID
 if TYPE_CHECKING:
     from mimo_local.experts.meters import Meters
     from mimo_local.runs import Recorder
-    from mimo_local.session import Session
+    from mimo_local.session_pool import SessionPool
 
 STEP: Final = LEAST_ROWS - 1
 """Rows of a prompt that go through all layers in one step."""
@@ -41,24 +41,6 @@ STALLED_S: Final = 0.05
 """Between two looks whether a reader has caught up."""
 SHARED: Final = 256
 """Rows of a prompt that are worth waiting for, if another request is just reading them."""
-IDLE_S: Final = 5.0
-"""Without work for so long, sessions are put to rest."""
-
-
-class Sessions(Protocol):
-    """Where sessions come from that nobody holds: `session_pool.SessionPool`."""
-
-    def take(self, ids: list[int]) -> Session:
-        """The one that knows most of this prompt, or a new one."""
-
-    def give_back(self, session: Session) -> None:
-        """The request is over."""
-
-    def rest(self, interrupted: Callable[[], bool]) -> bool:
-        """Nothing has to be done: save what is worth it. False: there is nothing left to do."""
-
-    def close(self) -> None:
-        """The engine ends."""
 
 
 class Scheduler:
@@ -68,23 +50,21 @@ class Scheduler:
         self,
         model: Model,
         inbox: Inbox,
-        sessions: Sessions,
+        sessions: SessionPool,
         *,
         stop_ids: Iterable[int],
         context_limit: int,
         stats: Callable[[Request], Stats],
-        need: Callable[[Request], int],
-        room: int | None,
         drafting: Drafting | None = None,
         recorder: Recorder | None = None,
     ) -> None:
-        """`need`: bytes a request's session may grow to; `room`: for all of them, None: any."""
+        """`stats`: a request's figures, whenever it ends."""
         self.model, self.inbox, self.sessions = model, inbox, sessions
         self.stop_ids, self.context_limit = frozenset(stop_ids), context_limit
         self.drafting, self.recorder = drafting, recorder
         self.meters: Meters | None = None
         """The experts' meters when the last request's turn came."""
-        self._stats, self._need, self._room = stats, need, room
+        self._stats = stats
         self._active: list[Request] = []
         self._prompts: list[Request] = []
         """Of the active ones those whose prompt is still to be read."""
@@ -129,11 +109,12 @@ class Scheduler:
             return "now"
         if any(item.session is r.session for r in self._active if item.session is not None):
             return "later"
-        if self._room is not None:
-            promised = sum(map(self._need, self._active))
-            if promised + self._need(item) > self._room:
-                return "block"
+        if item.session is None and not self.sessions.fits(self._most_tokens(item)):
+            return "block"
         return "later" if self._is_being_read(item) else "now"
+
+    def _most_tokens(self, request: Request) -> int:
+        return min(len(request.ids) + request.params.max_tokens, self.context_limit)
 
     def _is_being_read(self, item: Request) -> bool:
         """Whether another request is about to know so much of this prompt that it can wait."""
@@ -148,7 +129,9 @@ class Scheduler:
             other.alone = request.alone = False
         try:
             if request.session is None:
-                request.session, request.pooled = self.sessions.take(request.ids), True
+                most = self._most_tokens(request)
+                request.session = self.sessions.take(request.ids, tokens=most)
+                request.pooled = True
             session = request.session
             # One id at least must go through the model again: its logits begin the answer.
             session.rewind(min(session.common_prefix(request.ids), len(request.ids) - 1))
@@ -366,12 +349,8 @@ class Scheduler:
         """Nothing can go on: readers are behind, or there is nothing to do."""
         if self._active:
             self.inbox.wait(STALLED_S)
-        elif not self.inbox.wait(IDLE_S):
-            more = True
-            while more and not len(self.inbox) and not self.inbox.closing:
-                more = self.sessions.rest(lambda: len(self.inbox) > 0 or self.inbox.closing)
-            if not more:
-                self.inbox.wait()
+        else:
+            self.inbox.wait()
 
 
 def _common(a: list[int], b: list[int]) -> int:

@@ -205,22 +205,28 @@ def test_what_runs_at_once_fits_the_room(tmp_path: Path) -> None:
     config = tiny.config("fsfs", "dmmm")
     convert(tiny.write(tmp_path / "m", config), tmp_path / "pack", Recipe.for_format("int8"))
     with Engine.load(Settings(model=tmp_path / "pack", context=512)) as engine:
-        engine._scheduler._room = 2 * engine._need(_request(300))
+        pool = engine._scheduler.sessions
+        pool.budget = 2 * pool._expected(300)
         most = 0
-        streams = [engine.submit(None, [1] * 200, params(100, seed)) for seed in range(5)]
+        streams = [engine.submit(None, [seed + 1] * 200, params(100, seed)) for seed in range(5)]
         for stream in streams:
             for event in stream:
                 assert not isinstance(event, Failed)
                 most = max(most, engine.running)
         assert most == 2
         # A request that is too large for the room runs all the same, alone.
-        assert len(ids_of(list(engine.submit(None, [1] * 400, params(100))))) == 100
+        assert len(ids_of(list(engine.submit(None, [9] * 400, params(100))))) == 100
 
 
-def _request(tokens: int) -> Any:
-    from mimo_local.inbox import Request
-
-    return Request(None, None, [1] * 200, params(tokens - 200), None)  # type: ignore[arg-type]
+def test_one_prompt_asked_several_times_at_once_is_read_once() -> None:
+    model = FakeModel()
+    with make(model) as engine:
+        prompt = [3] * 600
+        streams = [engine.submit(None, prompt, params(20, seed)) for seed in range(4)]
+        ends = [list(stream)[-1] for stream in streams]
+        assert model.rows < 600 + 4 * 30
+    cached = [end.stats.cached_tokens for end in ends if isinstance(end, Done)]
+    assert sorted(cached)[1:] == [599] * 3
 
 
 # ---- failures ------------------------------------------------------------------------------------
