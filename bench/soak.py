@@ -1,11 +1,11 @@
 """A mixed load for as long as you like, and how much memory it took beside what was planned.
 
-    python bench/soak.py [-m MODEL] [--ram 300MB] [--context 4096] [--minutes 60] [--seed 1]
+    python bench/soak.py [-m MODEL] [--ram 300MB] [--context 4096] [--minutes 60] [--clients 3]
 
-A chat that goes on, is edited, regenerated and begun anew, prompts of every length up to the
-context, answers cut off at any moment, by one engine with experts in tiers. Memory is what this
-process has beyond its imports; "planned" is what the planner says the model takes. Prints a line a
-minute, what happened, then one line of JSON. A test runs a few seconds of it.
+Chats that go on, are edited, regenerated and begun anew, prompts of every length up to the context,
+answers cut off at any moment, several at once, by one engine with experts in tiers. Memory is what
+this process has beyond its imports; "planned" is what the planner says the model takes. Prints a
+line a minute, what happened, then one line of JSON. A test runs a few seconds of it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,15 +69,20 @@ class Watch:
 
 
 class Load:
-    """Random requests, repeatable by their seed: one conversation, as a plan is for one."""
+    """Random requests of one client; what they are is repeatable by the seed, not their timing."""
 
     def __init__(self, engine: Engine, seed: int) -> None:
         self.engine, self.chance = engine, random.Random(seed)
-        self.session, self.text = engine.new_session(), self.ids(20)
+        self.text = self.ids(20)
         self.most = engine.context_limit - LONGEST
         """Longest prompt."""
         self.counts: Counter[str] = Counter()
-        self.disk_bytes = 0
+        self.disk_bytes = self.done = 0
+
+    def go_on(self, until: float) -> None:
+        """Requests until then, LEAST of them at least."""
+        while time.time() < until or self.done < LEAST:
+            self.one()
 
     def ids(self, n: int) -> list[int]:
         return [self.chance.randrange(self.engine.config.vocab_size) for _ in range(n)]
@@ -100,7 +106,7 @@ class Load:
         """A request, `prompt` or a random one; a quarter of them are cut off, `whole` ones not."""
         self.text = self.prompt() if prompt is None else prompt
         params = SamplingParams(max_tokens=self.chance.randrange(1, LONGEST), seed=1)
-        stream = self.engine.submit(self.session, self.text, params)
+        stream = self.engine.submit(None, self.text, params)
         cut = not whole and self.chance.random() < 0.25
         stop_at = self.chance.randrange(0, 12) if cut else LONGEST
         timer = threading.Timer(self.chance.random() * 0.4, stream.cancel)
@@ -121,6 +127,7 @@ class Load:
                     raise error
         timer.cancel()
         self.text += [token for token in made if token >= 0]
+        self.done += 1
 
 
 @dataclass
@@ -147,13 +154,18 @@ def load(settings: Settings) -> Loaded:
         description=found.description,
         context_limit=found.context_limit,
         new_cache=found.new_cache,
+        session_bytes=found.session_bytes,
     )
     made = found.plan
     return Loaded(engine, made.ram_bytes, made.expert_ram_bytes + made.spare_bytes)
 
 
 def run(
-    settings: Settings, seconds: float, seed: int, say: Callable[[str], None] = print
+    settings: Settings,
+    seconds: float,
+    seed: int,
+    clients: int = 3,
+    say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """The load for `seconds`; what it did and what memory it took."""
     import bitsandbytes  # noqa: F401  (imports are no part of the plan)
@@ -164,23 +176,29 @@ def run(
         found = load(settings)
         with found.engine as engine:
             loaded = watch.process.memory_info().rss
-            mixed, start, minute = Load(engine, seed), time.monotonic(), 0
-            mixed.one(mixed.ids(mixed.most), whole=True)  # as long as the plan has room for
-            elapsed, done = 0.0, 1
-            while elapsed < seconds or done < LEAST:
-                mixed.one()
-                elapsed, done = time.monotonic() - start, done + 1
-                if elapsed >= 60 * minute:
-                    share = (watch.peak - watch.base) / found.planned
-                    say(f"{elapsed / 60:.0f} min, {done} requests: {share:.3f} of the plan")
-                    minute = int(elapsed / 60) + 1
+            loads, start, minute = [Load(engine, seed + i) for i in range(clients)], time.time(), 0
+            # As long as the plan has room for.
+            loads[0].one(loads[0].ids(loads[0].most), whole=True)
+            with ThreadPoolExecutor(clients) as pool:
+                work = [pool.submit(load.go_on, start + seconds) for load in loads]
+                while wait(work, timeout=1.0).not_done:
+                    if (elapsed := time.time() - start) >= 60 * minute:
+                        share = (watch.peak - watch.base) / found.planned
+                        done = sum(load.done for load in loads)
+                        say(f"{elapsed / 60:.0f} min, {done} requests: {share:.3f} of the plan")
+                        minute = int(elapsed / 60) + 1
+                for each in work:
+                    each.result()
+            elapsed, done = time.time() - start, sum(load.done for load in loads)
     grown, third = watch.peak - watch.base, max(1, len(watch.samples) // 3)
     return {
         "tool": "bench/soak.py",
         "seconds": round(elapsed, 1),
         "requests": done,
-        "counts": dict(mixed.counts),
-        "disk_bytes": mixed.disk_bytes,
+        "clients": clients,
+        "counts": dict(sum((load.counts for load in loads), Counter())),
+        # Of requests that ran at once, what one read is counted for the others too.
+        "disk_bytes": sum(load.disk_bytes for load in loads),
         "planned_bytes": found.planned,
         "peak_bytes": grown,
         "peak_over_planned": round(grown / found.planned, 4),
@@ -197,6 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--ram", default="300MB")
     parser.add_argument("--context", type=int, default=4096)
     parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--clients", type=int, default=3)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args(argv)
     try:
@@ -205,7 +224,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from mimo_local.cli.models import choose
 
             settings = choose(settings)
-        found = run(settings, 60 * args.minutes, args.seed, lambda text: print(text, flush=True))
+        found = run(
+            settings, 60 * args.minutes, args.seed, args.clients,
+            lambda text: print(text, flush=True),
+        )  # fmt: skip
     except MimoError as error:
         print(f"error: {error.message}\nhint: {error.hint}", file=sys.stderr)
         return int(error.exit_code)

@@ -235,7 +235,7 @@ class InOrder(_Work):
                 if self._others_stepped():
                     missing = self._absent(self.order[done:])
                 if missing and missing[0][1] == self.order[done]:
-                    self._begin(missing.pop(0), self.store.free_slot())
+                    self._begin_next(missing, most)
                 batch = self._next_batch(done)
                 self._compute(batch)
                 done += len(batch)
@@ -273,6 +273,26 @@ class InOrder(_Work):
             raise CancelledError("stopped while reading the prompt", hint="ask again to start over")
         return self.store.meters.steps != steps
 
+    def _begin_next(self, missing: list[Key], most: int) -> None:
+        """Read what is wanted next; reads for later experts give way where the ring is too small.
+
+        They may have been begun before: on a guess, or before others pushed this one out.
+        """
+        store, later = self.store, sorted(self.reads)
+        while (full := len(self.reads) >= most) or (slot := store.borrow()) is None:
+            if not (full or later):
+                slot = store.free_slot()
+                break
+            key = later.pop()
+            self.ready.pop(key[1], None)
+            read = self.reads.pop(key)
+            read.listener = None
+            store.discard(read)
+            missing.append(key)
+            store.wait_for_orphans()
+        self._begin(missing.pop(0), slot)
+        missing.sort()
+
     def _absent(self, experts: list[int]) -> list[Key]:
         """Those that somebody else's step has pushed out, or has not brought."""
         keys = [(self.layer, e) for e in experts if not self._in_vram(e)]
@@ -292,7 +312,8 @@ class InOrder(_Work):
             read = self.next_landed(block=block)
             if read is None:
                 return None
-            self.ready[read.key[1]] = read.slot
+            if self.reads.get(read.key) is read:  # else it had to give way after it landed
+                self.ready[read.key[1]] = read.slot
         return self.ready[e]
 
     def _next_batch(self, done: int) -> list[tuple[int, int]]:
