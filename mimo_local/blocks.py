@@ -16,13 +16,18 @@ import torch
 
 from mimo_local import kernels, ops
 from mimo_local.cache import KVCache
+from mimo_local.cache_layers import stored_dtype
 from mimo_local.config import Attention as Kind
 from mimo_local.config import LayerSpec, ModelConfig
 from mimo_local.experts.store import Store
 from mimo_local.weights import QuantLinear
 
-KV_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-"""Dtypes of a cache the library reads -> `mimo_heads.kv_bf16`."""
+KV_DTYPES = {
+    torch.float32: kernels.KV_F32,
+    torch.bfloat16: kernels.KV_BF16,
+    torch.int8: kernels.KV_INT8,
+}
+"""Dtypes of a layer's rows the library reads -> `mimo_heads.kv_type`."""
 
 
 def sequences_of(
@@ -60,12 +65,13 @@ class NativeAttention:
             dtype: kernels.AttentionBlock(
                 kernels.Heads(
                     spec.heads, spec.kv_heads, spec.head_dim, spec.v_head_dim,
-                    spec.window or 0, None if sink is None else sink.data_ptr(), bf16,
+                    spec.window or 0, None if sink is None else sink.data_ptr(),
+                    KV_DTYPES[stored_dtype(spec, dtype)],
                 ),
                 qkv.matrix(), out.matrix(), norm.data_ptr(),
                 config.rms_eps, value_scale, spec.rotary_dim,
             )
-            for dtype, bf16 in KV_DTYPES.items()
+            for dtype in KV_DTYPES
         }  # fmt: skip
 
     def address(self, dtype: torch.dtype) -> int:
@@ -82,12 +88,12 @@ class NativeAttention:
     ) -> None:
         """x (T, D) f32 in place; or the change to it into `delta` (T, D) and x stays.
 
-        rope: cos, sin (T, 1, r). Caches hold float32 or bfloat16, all the same.
+        rope: cos, sin (T, 1, r). Caches have a dtype of KV_DTYPES, all the same.
         """
         layer, block = self._layer, self._block[caches[0].dtype]
         for cache, sequence in zip(caches, sequences, strict=True):
             view = cache.room(layer, sequence.T, at=sequence.start - cache.length)
-            sequence.k, sequence.v = view.k.data_ptr(), view.v.data_ptr()
+            sequence.k, sequence.v, sequence.k_scales, sequence.v_scales = view.where
             sequence.first = view.first_position
         self._native.call(
             "attention", ctypes.addressof(block), x.data_ptr(), x.shape[0],

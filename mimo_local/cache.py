@@ -17,7 +17,7 @@ from typing import Final, Protocol
 import torch
 
 from mimo_local import cache_file
-from mimo_local.cache_layers import FullKV, Place, RingKV, Rows, View
+from mimo_local.cache_layers import FullKV, Place, RingKV, Rows, View, stored_dtype
 from mimo_local.config import ModelConfig
 from mimo_local.errors import UsageError
 
@@ -81,13 +81,16 @@ class KVCache:
         capacity_hint: int = 0,
         device: torch.device | str | None = None,
     ) -> None:
-        """`slack`: rows that can always be taken back: deepest draft + 1; `capacity_hint`: rows."""
+        """`slack`: rows that can always be taken back: deepest draft + 1; `capacity_hint`: rows.
+
+        `dtype`: float32, bfloat16, or int8: full layers in 8 bits, sliding ones in bfloat16.
+        """
         self.config, self.dtype, self.slack = config, dtype, slack
         where = torch.device(device) if device is not None else torch.get_default_device()
         self.layers: list[RingKV | FullKV] = [
-            FullKV(spec, capacity_hint, dtype, where)
+            FullKV(spec, capacity_hint, stored_dtype(spec, dtype), where)
             if spec.window is None
-            else RingKV(spec, slack, dtype, where)
+            else RingKV(spec, slack, stored_dtype(spec, dtype), where)
             for spec in config.layers
         ]
         self.length = 0
@@ -128,8 +131,7 @@ class KVCache:
         """
         n, store = k.shape[0], self.layers[layer]
         view = store.room(self.length, n, at)
-        view.k[view.k.shape[0] - n :] = k
-        view.v[view.v.shape[0] - n :] = v
+        view.write(k, v)
         store.settle()
         return view
 
@@ -293,7 +295,8 @@ class KVCache:
     ) -> KVCache:
         """Read a saved cache of the same model configuration. Raises PackError if it is not one."""
         facts, tensors = cache_file.read(Path(path), config)
-        dtype = tensors["layers.0.k"].dtype
+        dtypes = {part.dtype for part in tensors.values()}
+        dtype = torch.int8 if torch.int8 in dtypes else tensors["layers.0.k"].dtype
         cache = cls(config, dtype=dtype, slack=facts["slack"], device=device)
         for i, layer in enumerate(cache.layers):
             rows = {name: tensors[f"layers.{i}.{name}"] for name in layer.stored}

@@ -107,6 +107,11 @@ def _consistent(
             rows = tensors.get(f"layers.{spec.index}.{part}")
             if rows is None or rows.shape != (length - start, spec.kv_heads, dim):
                 return False
+            if rows.dtype == torch.int8 and spec.window is None:
+                scales = tensors.get(f"layers.{spec.index}.{part}_scales")
+                if scales is None or scales.shape != (length - start, spec.kv_heads):
+                    return False
+                rows = scales
             if rows.dtype not in (torch.float32, torch.bfloat16, torch.float16):
                 return False
     return True

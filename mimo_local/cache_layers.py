@@ -1,6 +1,7 @@
 """One layer's keys and values: a ring of the last rows for sliding layers, all rows for full ones.
 
-Knows rows and positions; `cache` makes one per layer, commits and takes back for all of them.
+Knows rows and positions, and how a number is stored: as a float, or in full layers as an 8-bit code
+with one scale per row and head. `cache` makes one per layer, commits and takes back for all.
 """
 
 from __future__ import annotations
@@ -17,19 +18,70 @@ from mimo_local.config import LayerSpec
 SPARE_ROWS = 32
 
 
+# Largest magnitudes below it count as zero, as in the kernels: their reciprocals stay finite.
+_LEAST = 1e-30
+
+
+def stored_dtype(spec: LayerSpec, dtype: torch.dtype) -> torch.dtype:
+    """How a layer keeps its rows in a cache of `dtype`: rings do not grow, int8 is not for them."""
+    return torch.bfloat16 if dtype == torch.int8 and spec.window is not None else dtype
+
+
+def coded(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (T, G, d) float -> codes (T, G, d) int8, scales (T, G) f32; x is about codes * scales.
+
+    What the kernels do, bit for bit. A row with NaN or infinity gets NaN as its scale.
+    """
+    x = x.float()
+    most = x.abs().amax(-1)
+    good, any_ = most.isfinite(), most >= _LEAST
+    inverse = torch.where(good & any_, 127 / most, 0.0)
+    scales = torch.where(good, torch.where(any_, most / 127, 0.0), torch.nan)
+    codes = (x * inverse[..., None]).nan_to_num_(nan=0.0).round_().clamp_(-127, 127)
+    return codes.to(torch.int8), scales
+
+
 class View(NamedTuple):
     """Keys and values a step may attend to: row i is position `first_position` + i.
 
-    k (S, G, dk), v (S, G, dv) in the storage dtype; valid until the cache is touched again.
+    k (S, G, dk), v (S, G, dv) as they are stored, int8 with scales (S, G); valid until the cache is
+    touched again.
     """
 
     k: torch.Tensor
     v: torch.Tensor
     first_position: int
+    k_scales: torch.Tensor | None = None
+    v_scales: torch.Tensor | None = None
+
+    def write(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        """The last rows, as many as there are in k (T, G, dk) and v (T, G, dv), any float dtype."""
+        start = self.k.shape[0] - k.shape[0]
+        for x, to, scales in ((k, self.k, self.k_scales), (v, self.v, self.v_scales)):
+            if scales is None:
+                to[start:] = x
+            else:
+                to[start:], scales[start:] = coded(x)
+
+    def numbers(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values as floats; those of int8 are computed anew each time."""
+        if self.k_scales is None or self.v_scales is None:
+            return self.k, self.v
+        return self.k * self.k_scales[..., None], self.v * self.v_scales[..., None]
+
+    @property
+    def where(self) -> tuple[int, int, int, int]:
+        """Addresses of row 0 of keys, values and their scales; 0 where there are none."""
+        return _addresses(self.k, self.v, self.k_scales, self.v_scales)
 
 
-Place: TypeAlias = tuple[int, int, int]
-"""Addresses of keys and of values, position of their row 0."""
+def _addresses(*parts: torch.Tensor | None) -> tuple[int, int, int, int]:
+    k, v, k_scales, v_scales = (0 if part is None else part.data_ptr() for part in parts)
+    return k, v, k_scales, v_scales
+
+
+Place: TypeAlias = tuple[int, int, int, int, int]
+"""`View.where`, position of row 0."""
 
 
 Rows: TypeAlias = dict[str, torch.Tensor]
@@ -39,17 +91,22 @@ Rows: TypeAlias = dict[str, torch.Tensor]
 class _Store:
     k: torch.Tensor
     v: torch.Tensor
-    where: tuple[int, int]
-    """Addresses of row 0 of both."""
+    stored: Rows
+    """Everything held, by name: what `rows` gives parts of, copies and files go through it."""
+    where: tuple[int, int, int, int]
+    """As `View.where`."""
 
-    def _hold(self, k: torch.Tensor, v: torch.Tensor) -> None:
-        self.k, self.v = k, v
-        self.where = (k.data_ptr(), v.data_ptr())
-
-    @property
-    def stored(self) -> Rows:
-        """Everything held, by name: what `rows` gives parts of, copies and files go through it."""
-        return {"k": self.k, "v": self.v}
+    def _hold(
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        k_scales: torch.Tensor | None = None,
+        v_scales: torch.Tensor | None = None,
+    ) -> None:
+        self.k, self.v, self.stored = k, v, {"k": k, "v": v}
+        if k_scales is not None and v_scales is not None:
+            self.stored |= {"k_scales": k_scales, "v_scales": v_scales}
+        self.where = _addresses(k, v, k_scales, v_scales)
 
     @property
     def nbytes(self) -> int:
@@ -178,9 +235,11 @@ class FullKV(_Store):
 
     def __init__(self, spec: LayerSpec, capacity: int, dtype: torch.dtype, device: torch.device):
         self.capacity = capacity
+        shape = (capacity, spec.kv_heads)
         self._hold(
-            _empty((capacity, spec.kv_heads, spec.head_dim), dtype, device),
-            _empty((capacity, spec.kv_heads, spec.v_head_dim), dtype, device),
+            _empty((*shape, spec.head_dim), dtype, device),
+            _empty((*shape, spec.v_head_dim), dtype, device),
+            *(_empty(shape, torch.float32, device) for _ in range(2 * (dtype == torch.int8))),
         )
 
     def place(self, length: int, n_new: int) -> Place:
@@ -194,7 +253,7 @@ class FullKV(_Store):
         end = length + at + n_new
         if end > self.k.shape[0]:
             self._grow(length + at, end)
-        return View(self.k[:end], self.v[:end], 0)
+        return View(first_position=0, **{name: part[:end] for name, part in self.stored.items()})
 
     def settle(self) -> None:
         """Nothing to do."""
@@ -204,12 +263,12 @@ class FullKV(_Store):
 
     def _grow(self, length: int, end: int) -> None:
         capacity = max(end, self.capacity * 3 // 2, 64)
-        k, v = (
-            _empty((capacity, *old.shape[1:]), old.dtype, old.device) for old in (self.k, self.v)
-        )
-        k[:length], v[:length] = self.k[:length], self.v[:length]
+        larger = {}
+        for name, old in self.stored.items():
+            larger[name] = _empty((capacity, *old.shape[1:]), old.dtype, old.device)
+            larger[name][:length] = old[:length]
         self.capacity = capacity
-        self._hold(k, v)
+        self._hold(**larger)
 
     def reaches(self, n: int) -> bool:
         """Always: nothing is ever dropped."""

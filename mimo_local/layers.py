@@ -120,8 +120,9 @@ class Attention:
         self, at: int, cache: KVCache, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> torch.Tensor:
         view = cache.append(self.spec.index, k, v, at=at)
+        keys, values = view.numbers()
         return ops.attention(
-            q, view.k, view.v,
+            q, keys, values,
             start=cache.length + at, first=view.first_position,
             window=self.spec.window, sink=self.sink,
         )  # fmt: skip

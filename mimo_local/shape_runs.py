@@ -14,6 +14,8 @@ import torch
 
 from mimo_local import kernels, ops
 from mimo_local.benchmark import SEED, ModelRunner
+from mimo_local.blocks import KV_DTYPES
+from mimo_local.cache_layers import FullKV, View, stored_dtype
 from mimo_local.config import LayerSpec
 from mimo_local.experts.store import ExpertStore
 from mimo_local.model import Model, Segment
@@ -95,43 +97,59 @@ class Slice:
 class AttentionCase:
     """One layer's keys and values of `context` positions, in more copies than a cache can hold."""
 
-    def __init__(self, spec: LayerSpec, context: int, *, cold: int = 256 << 20) -> None:
-        """bfloat16 numbers near one. `cold`: bytes all copies have together, at least."""
-        self.spec, self.context = spec, context
-        row = spec.kv_heads * (spec.head_dim + spec.v_head_dim) * 2
+    def __init__(
+        self,
+        spec: LayerSpec,
+        context: int,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        rows: int = 1,
+        cold: int = 256 << 20,
+    ) -> None:
+        """Numbers near one kept as a cache of `dtype` keeps them; `rows` of queries come last.
+
+        `cold`: bytes all copies have together, at least.
+        """
+        self.spec, self.context, self.rows = spec, context, rows
+        dtype = stored_dtype(spec, dtype)
+        row = spec.kv_heads * (spec.head_dim + spec.v_head_dim) * dtype.itemsize
+        if dtype == torch.int8:
+            row += spec.kv_heads * 2 * 4  # scales
         self.nbytes = context * row
         """Bytes of keys and values one step reads."""
         # A step of the real model reads gigabytes between two looks at the same keys.
         copies = max(2, -(-cold // self.nbytes))
-        self.k = _filled(copies, context, spec.kv_heads, spec.head_dim)
-        self.v = _filled(copies, context, spec.kv_heads, spec.v_head_dim)
-        self.q = torch.randn(1, spec.heads, spec.head_dim)
-        self.out = torch.empty(1, spec.heads * spec.v_head_dim)
+        self.views = [_filled(spec, context, dtype) for _ in range(copies)]
+        self.q = torch.randn(rows, spec.heads, spec.head_dim)
+        self.out = torch.empty(rows, spec.heads * spec.v_head_dim)
         self._sink = torch.zeros(spec.heads) if spec.has_sink else None
+        self._kind = KV_DTYPES[dtype]
         self._next = 0
 
-    def seconds(self) -> float:
-        """Of one step; the next copy is read each time."""
-        copy = self._next % self.k.shape[0]
+    def seconds(self, native: kernels.Kernels | None = None) -> float:
+        """Of one step; the next copy is read each time. `native`: by these kernels."""
+        copy = self._next % len(self.views)
         self._next += 1
         start = time.perf_counter()
-        self.attend(copy)
+        self.attend(copy, native)
         return time.perf_counter() - start
 
-    def attend(self, copy: int) -> torch.Tensor:
-        """(1, H * dv) f32 of the query that follows all keys."""
-        spec, k, v = self.spec, self.k[copy], self.v[copy]
-        native, last = kernels.get(), self.context - 1
+    def attend(self, copy: int, native: kernels.Kernels | None = None) -> torch.Tensor:
+        """(rows, H * dv) f32 of the queries that see all keys up to their own."""
+        spec, view = self.spec, self.views[copy]
+        native, start = native or kernels.get(), self.context - self.rows
         if native is None:
+            k, v = view.numbers()
             with torch.inference_mode():
                 return ops.attention(
-                    self.q, k, v, start=last, first=0, window=spec.window, sink=self._sink
+                    self.q, k, v, start=start, first=0, window=spec.window, sink=self._sink
                 )
         sink = None if self._sink is None else self._sink.data_ptr()
         heads = kernels.Heads(
-            spec.heads, spec.kv_heads, spec.head_dim, spec.v_head_dim, spec.window or 0, sink, 1
-        )
-        sequence = kernels.Sequence(k.data_ptr(), v.data_ptr(), 0, last, 1)
+            spec.heads, spec.kv_heads, spec.head_dim, spec.v_head_dim, spec.window or 0, sink,
+            self._kind,
+        )  # fmt: skip
+        sequence = kernels.Sequence(*view.where, 0, start, self.rows)
         native.call(
             "attend", ctypes.byref(heads), self.q.data_ptr(), spec.heads * spec.head_dim,
             ctypes.byref(sequence), 1, self.out.data_ptr(), spec.heads * spec.v_head_dim,
@@ -139,11 +157,13 @@ class AttentionCase:
         return self.out
 
 
-def _filled(copies: int, context: int, heads: int, dim: int) -> torch.Tensor:
-    """(copies, context, heads, dim) bfloat16: some random numbers over and over."""
-    out = torch.empty((copies, context, heads, dim), dtype=torch.bfloat16)
-    flat, drawn = out.view(-1), torch.randn(min(out.numel(), 1 << 20)).bfloat16()
-    for start in range(0, flat.numel(), drawn.numel()):
-        part = flat[start : start + drawn.numel()]
-        part.copy_(drawn[: part.numel()])
-    return out
+def _filled(spec: LayerSpec, context: int, dtype: torch.dtype) -> View:
+    """Keys and values of `context` positions: some random rows over and over."""
+    store = FullKV(spec, context, dtype, torch.device("cpu"))
+    most = 1024
+    k = torch.randn(most, spec.kv_heads, spec.head_dim)
+    v = torch.randn(most, spec.kv_heads, spec.v_head_dim)
+    for start in range(0, context, most):
+        n = min(most, context - start)
+        store.room(start, n).write(k[:n], v[:n])
+    return store.room(context, 0)

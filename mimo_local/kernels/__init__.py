@@ -18,7 +18,7 @@ from typing import Final
 
 from mimo_local.errors import NativeError
 
-ABI_VERSION: Final = 3
+ABI_VERSION: Final = 4
 BLOCK: Final = 64
 """Weights along a row that share one NF4 scale."""
 MAX_THREADS: Final = 256
@@ -65,6 +65,8 @@ _SIGNATURES: Final = {
 
 NF4, MXFP4, INT8, BF16, F32 = range(5)
 """`mimo_format`."""
+KV_F32, KV_BF16, KV_INT8 = range(3)
+"""`mimo_kv_type`."""
 _SCALE_SIZES: Final = {NF4: 2, MXFP4: 1, INT8: 4}
 
 
@@ -123,14 +125,22 @@ class Heads(ctypes.Structure):
         ("dv", _I64),
         ("window", _I64),
         ("sink", _PTR),
-        ("kv_bf16", _I64),
+        ("kv_type", _I64),
     )
 
 
 class Sequence(ctypes.Structure):
-    """`mimo_kv`."""
+    """`mimo_kv`; scales are null where keys and values are floats."""
 
-    _fields_ = (("k", _PTR), ("v", _PTR), ("first", _I64), ("start", _I64), ("T", _I64))
+    _fields_ = (
+        ("k", _PTR),
+        ("v", _PTR),
+        ("k_scales", _PTR),
+        ("v_scales", _PTR),
+        ("first", _I64),
+        ("start", _I64),
+        ("T", _I64),
+    )
 
 
 class AttentionBlock(ctypes.Structure):

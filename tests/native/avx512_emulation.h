@@ -340,6 +340,36 @@ static __m512i _mm512_abs_epi16(__m512i a) {
 static __m512i _mm512_abs_epi8(__m512i a) {
   return emu_zip<std::int8_t>(a, a, [](int x, int) { return x < 0 ? -x : x; });
 }
+static __m512i _mm512_dpwssd_epi32(__m512i sum, __m512i a, __m512i b) {
+  const auto x = emu_as<std::int16_t>(a);
+  const auto y = emu_as<std::int16_t>(b);
+  for (int i = 0; i < 32; ++i) sum.v[i / 2] += x[i] * y[i];
+  return sum;
+}
+static __m512i _mm512_slli_epi16(__m512i a, unsigned n) {
+  return emu_zip<std::int16_t>(a, a, [n](int x, int) { return x << n; });
+}
+static __m512i _mm512_cvtepi8_epi16(__m256i a) {
+  std::int16_t words[32];
+  for (int i = 0; i < 32; ++i) words[i] = static_cast<std::int8_t>(a.b[i]);
+  return emu_load<__m512i>(words);
+}
+static __m128i _mm_unpacklo_epi8(__m128i a, __m128i b) {
+  __m128i r;
+  for (int i = 0; i < 16; ++i) r.b[i] = (i % 2 == 0 ? a : b).b[i / 2];
+  return r;
+}
+static __m128i _mm_unpackhi_epi8(__m128i a, __m128i b) {
+  __m128i r;
+  for (int i = 0; i < 16; ++i) r.b[i] = (i % 2 == 0 ? a : b).b[8 + i / 2];
+  return r;
+}
+static __m256i _mm256_set_m128i(__m128i high, __m128i low) {
+  __m256i r;
+  std::memcpy(r.b, low.b, 16);
+  std::memcpy(r.b + 16, high.b, 16);
+  return r;
+}
 static __m512i _mm512_srai_epi16(__m512i a, unsigned n) {
   return emu_zip<std::int16_t>(a, a, [n](int x, int) { return x >> n; });
 }

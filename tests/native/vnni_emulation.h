@@ -20,6 +20,18 @@
     for (int i = 0; i < 32; ++i) lanes[i / 4] += a[i] * b[i];                           \
     std::memcpy(&sum, lanes, sizeof lanes);                                             \
     return sum;                                                                         \
+  }                                                                                     \
+  /* sum + products of two signed 16-bit numbers in each int32 lane. */                 \
+  __m256i dot_words(__m256i sum, __m256i x, __m256i y) noexcept {                       \
+    std::int32_t lanes[8];                                                              \
+    std::int16_t a[16];                                                                 \
+    std::int16_t b[16];                                                                 \
+    std::memcpy(lanes, &sum, sizeof lanes);                                             \
+    std::memcpy(a, &x, sizeof a);                                                       \
+    std::memcpy(b, &y, sizeof b);                                                       \
+    for (int i = 0; i < 16; ++i) lanes[i / 2] += a[i] * b[i];                           \
+    std::memcpy(&sum, lanes, sizeof lanes);                                             \
+    return sum;                                                                         \
   }
 
 #endif

@@ -69,8 +69,13 @@ struct Desk {
   float *sink;
   float **to;
   float *state;
+  std::int32_t *codes;  // of the queries, INT8
+  float *scales;
   void *rest;
 };
+std::int64_t code_pitch(const mimo_heads &heads) noexcept {
+  return heads.kv_type == MIMO_KV_INT8 ? (heads.dk + 3) / 4 * 2 : 0;
+}
 std::int64_t state_floats(std::int64_t rows, std::int64_t dv) noexcept {
   return 2 * up16(rows) + rows * state_pitch(dv);
 }
@@ -82,12 +87,15 @@ Desk desk_at(unsigned char *memory, std::int64_t rows, const mimo_heads &heads) 
   desk.low = reinterpret_cast<std::int64_t *>(desk.sink + up16(rows));
   desk.high = desk.low + up16(rows);
   desk.to = reinterpret_cast<float **>(desk.high + up16(rows));
-  desk.rest = desk.to + up16(rows);
+  desk.scales = reinterpret_cast<float *>(desk.to + up16(rows));
+  desk.codes = reinterpret_cast<std::int32_t *>(desk.scales + up16(rows));
+  desk.rest = desk.codes + up16(rows * code_pitch(heads));
   return desk;
 }
 std::int64_t desk_bytes(const mimo_table &table, std::int64_t rows, const mimo_heads &heads) noexcept {
   const std::int64_t floats = up16(rows * heads.dk) + up16(state_floats(rows, heads.dv)) + up16(rows);
-  return 4 * floats + 3 * 8 * up16(rows) + table.attend_memory(rows, heads.dk);
+  const std::int64_t codes = up16(rows) + up16(rows * code_pitch(heads));
+  return 4 * (floats + codes) + 3 * 8 * up16(rows) + table.attend_memory(rows, heads.dk);
 }
 
 // Part i of a unit, `rows` and `dv` as in its state: most, total and out of all parts lie in three blocks.
@@ -100,6 +108,10 @@ void clear(const AttendState &state, std::int64_t rows, std::int64_t dv) noexcep
   std::fill_n(state.most, up16(rows), kAttendNothing);
   std::fill_n(state.total, up16(rows), 0.0F);
   std::fill_n(state.out, rows * state_pitch(dv), 0.0F);
+}
+
+std::int64_t number_bytes(const mimo_heads &heads) noexcept {
+  return heads.kv_type == MIMO_KV_INT8 ? 1 : heads.kv_type == MIMO_KV_BF16 ? 2 : 4;
 }
 
 // Scaled queries and what each row sees, into the desk.
@@ -119,13 +131,16 @@ AttendJob prepare(const Call &call, const Job &job, const Desk &desk) noexcept {
     std::fill_n(desk.high + r, n, high);
     r += n;
   }
-  const std::int64_t bytes = heads.kv_bf16 != 0 ? 2 : 4;
+  const bool codes = heads.kv_type == MIMO_KV_INT8;
+  if (codes) call.table->attend_queries(desk.q, unit.rows, heads.dk, desk.codes, desk.scales);
+  const std::int64_t bytes = number_bytes(heads);
   const auto *k = static_cast<const unsigned char *>(kv.k) + unit.head * heads.dk * bytes;
   const auto *v = static_cast<const unsigned char *>(kv.v) + unit.head * heads.dv * bytes;
   const std::int64_t last = unit.low / unit.part + job.end;  // part after the job's
   const std::int64_t until = job.end == unit.parts ? unit.high : last * unit.part;
   return {k, v, heads.kv_heads * heads.dk, heads.kv_heads * heads.dv, kv.first, kv.start + kv.T, until, heads.dk, heads.dv,
-          heads.kv_bf16 != 0, unit.rows, desk.q, desk.low, desk.high};
+          heads.kv_type, codes ? kv.k_scales + unit.head : nullptr, codes ? kv.v_scales + unit.head : nullptr,
+          heads.kv_heads, unit.rows, desk.q, desk.codes, desk.scales, desk.low, desk.high};
 }
 
 void finish(const Call &call, const Unit &unit, const Desk &desk, float *state) noexcept {
@@ -256,19 +271,25 @@ void attend(const mimo_table &table, const mimo_heads &heads, const float *q, st
   parallel_for(plan.n_jobs, alone ? plan.n_jobs : 1, run_jobs, &call, alone ? 0 : desk);
 }
 
+bool usable_kv(const mimo_heads &heads, const mimo_kv &kv) noexcept {
+  const auto alignment = static_cast<std::size_t>(number_bytes(heads));
+  if (heads.kv_type < MIMO_KV_F32 || heads.kv_type > MIMO_KV_INT8) return false;
+  if (!usable(kv.k, alignment) || !usable(kv.v, alignment)) return false;
+  return heads.kv_type != MIMO_KV_INT8 || (usable(kv.k_scales, 4) && usable(kv.v_scales, 4));
+}
+
 bool sensible_heads(const mimo_heads &heads, const mimo_kv *sequences, std::int64_t n_sequences) noexcept {
   if (heads.kv_heads <= 0 || heads.heads <= 0 || heads.heads % heads.kv_heads != 0 || heads.window < 0) return false;
   if (!sensible(heads.heads, heads.dk) || !sensible(heads.heads, heads.dv)) return false;
   if (heads.sink != nullptr && !usable(heads.sink, alignof(float))) return false;
   if (n_sequences < 0 || (n_sequences > 0 && !usable(sequences, alignof(mimo_kv)))) return false;
-  const std::size_t alignment = heads.kv_bf16 != 0 ? 2 : 4;
   std::int64_t T = 0;
   for (std::int64_t i = 0; i < n_sequences; ++i) {
     const mimo_kv &kv = sequences[i];
     if (kv.first < 0 || kv.start < kv.first || kv.T < 0 || kv.start > kWhole - kv.T) return false;
     const std::int64_t stored = kv.start - kv.first + kv.T;
     if (!sensible(stored, heads.kv_heads * std::max(heads.dk, heads.dv))) return false;
-    if (kv.T > 0 && (!usable(kv.k, alignment) || !usable(kv.v, alignment))) return false;
+    if (kv.T > 0 && !usable_kv(heads, kv)) return false;
     T += kv.T;
     if (!sensible(T, heads.heads * std::max(heads.dk, heads.dv))) return false;
   }

@@ -45,7 +45,13 @@ void write_kv(const AttentionCall &call, std::int64_t t, const float *k, const f
   row += sequence->start - sequence->first;
   const std::int64_t n_k = heads.kv_heads * heads.dk;
   const std::int64_t n_v = heads.kv_heads * heads.dv;
-  if (heads.kv_bf16 != 0) {
+  if (heads.kv_type == MIMO_KV_INT8) {
+    const std::int64_t G = heads.kv_heads;
+    call.table->quantize_heads(k, 1.0F, G, heads.dk, static_cast<std::int8_t *>(sequence->k) + row * n_k,
+                               sequence->k_scales + row * G);
+    call.table->quantize_heads(v, call.block->value_scale, G, heads.dv,
+                               static_cast<std::int8_t *>(sequence->v) + row * n_v, sequence->v_scales + row * G);
+  } else if (heads.kv_type == MIMO_KV_BF16) {
     call.table->scale_row_bf16(k, 1.0F, n_k, static_cast<std::uint16_t *>(sequence->k) + row * n_k);
     call.table->scale_row_bf16(v, call.block->value_scale, n_v, static_cast<std::uint16_t *>(sequence->v) + row * n_v);
   } else {
@@ -111,11 +117,10 @@ bool sensible_block(const mimo_attention_block &block, const mimo_kv *sequences,
   if (!sensible_matrix(block.qkv) || !sensible_matrix(block.out) || !usable(block.norm, 4)) return false;
   if (block.qkv.rows != (h.heads + h.kv_heads) * h.dk + h.kv_heads * h.dv) return false;
   if (block.out.cols != h.heads * h.dv || block.out.rows != block.qkv.cols) return false;
-  const std::size_t kv_size = h.kv_bf16 != 0 ? 2 : 4;
   std::int64_t rows = 0;
   for (std::int64_t i = 0; i < n; ++i) {
     const mimo_kv &s = sequences[i];
-    if (!usable(s.k, kv_size) || !usable(s.v, kv_size) || s.first < 0 || s.start < s.first || s.T < 1) return false;
+    if (!usable_kv(h, s) || s.first < 0 || s.start < s.first || s.T < 1) return false;
     rows += s.T;
   }
   return rows == T;

@@ -150,6 +150,9 @@ using AddScaled = void (*)(const float *x, float w, std::int64_t n, float *y) no
 using ScaleRow = void (*)(const float *x, float w, std::int64_t n, float *y) noexcept;   // y = w * x; y may be x
 // y = w * x, rounded to nearest even a second time, to bfloat16.
 using ScaleRowBf16 = void (*)(const float *x, float w, std::int64_t n, std::uint16_t *y) noexcept;
+// y = w * x as codes of MIMO_KV_INT8: x (heads, dim) -> codes (heads, dim), scales (heads).
+using QuantizeHeads = void (*)(const float *x, float w, std::int64_t heads, std::int64_t dim, std::int8_t *codes,
+                               float *scales) noexcept;
 // The first `rotary` dims of each head of one row x (heads, dim); cos, sin (rotary), sin's first half negated.
 using RotateRow = void (*)(float *x, std::int64_t heads, std::int64_t dim, std::int64_t rotary, const float *cos,
                            const float *sin) noexcept;
@@ -175,9 +178,14 @@ struct AttendJob {
   std::int64_t until;  // positions from here on will not be asked for by this worker
   std::int64_t dk;
   std::int64_t dv;
-  bool bf16;
-  std::int64_t rows;          // 1..kAttendRows
-  const float *q;             // (rows, dk), already scaled
+  std::int64_t type;           // mimo_kv_type
+  const float *k_scales;       // of position `first` and this head, INT8
+  const float *v_scales;
+  std::int64_t scales_pitch;
+  std::int64_t rows;           // 1..kAttendRows
+  const float *q;              // (rows, dk), already scaled
+  const std::int32_t *q_codes;  // INT8: what attend_queries made of q
+  const float *q_scales;
   const std::int64_t *low;    // row r sees the positions [low[r], high[r]), all of them stored
   const std::int64_t *high;
 };
@@ -206,6 +214,9 @@ struct AttendMerge {
 using AttendMemory = std::int64_t (*)(std::int64_t rows, std::int64_t dk) noexcept;  // bytes attend_keys needs
 // Goes on over the positions [base, base + kAttendKeys), base a multiple of kAttendKeys.
 using AttendKeys = void (*)(const AttendJob &, std::int64_t base, const AttendState &, void *memory) noexcept;
+// q (rows, dk) as 16-bit codes, two to an int32: codes (rows, dk rounded up to 4, / 2), scales (rows).
+using AttendQueries = void (*)(const float *q, std::int64_t rows, std::int64_t dk, std::int32_t *codes,
+                               float *scales) noexcept;
 using AttendFinish = void (*)(const AttendMerge &) noexcept;
 
 // ---- tables ---------------------------------------------------------------------------------------------------------
@@ -258,6 +269,7 @@ void multiply(const mimo_table &table, const mimo_matrix &w, const float *x, std
 // What mimo_rms_norm and mimo_attend do, arguments already checked. attention.cpp; they throw std::bad_alloc.
 void rms_norm(const mimo_table &table, const float *x, std::int64_t ldx, std::int64_t T, std::int64_t D,
               const float *weight, float eps, float *y, std::int64_t ldy);
+bool usable_kv(const mimo_heads &heads, const mimo_kv &kv) noexcept;  // its pointers
 bool sensible_heads(const mimo_heads &heads, const mimo_kv *sequences, std::int64_t n_sequences) noexcept;
 void attend(const mimo_table &table, const mimo_heads &heads, const float *q, std::int64_t ldq, const mimo_kv *sequences,
             std::int64_t n_sequences, float *out, std::int64_t ldo);
@@ -333,11 +345,13 @@ struct mimo_table {
   mimo::AddScaled add_scaled;
   mimo::ScaleRow scale_row;
   mimo::ScaleRowBf16 scale_row_bf16;
+  mimo::QuantizeHeads quantize_heads;
   mimo::RotateRow rotate_row;
   // limits.inc
   mimo::ReadStreams read_streams;
-  // attention.inc
+  // attention.inc, attention8.inc
   mimo::AttendMemory attend_memory;
+  mimo::AttendQueries attend_queries;
   mimo::AttendKeys attend_keys;
   mimo::AttendFinish attend_finish;
 };

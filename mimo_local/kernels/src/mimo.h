@@ -35,7 +35,7 @@ extern "C" {
 #endif
 
 /* Raise with every change of this file that an older caller could notice. */
-#define MIMO_ABI_VERSION 3
+#define MIMO_ABI_VERSION 4
 
 enum mimo_status {
   MIMO_OK = 0,
@@ -136,11 +136,18 @@ typedef struct mimo_router {
 MIMO_API int32_t mimo_route(const mimo_table *table, const mimo_router *router, const float *x, int64_t ldx, int64_t T,
                             int32_t *ids, float *weights) MIMO_NOEXCEPT;
 
-/* Keys and values of one sequence in one layer: row s is position first + s. k rows (G, dk), v rows (G, dv) of float32
- * or bfloat16. */
+enum mimo_kv_type {
+  MIMO_KV_F32 = 0,
+  MIMO_KV_BF16 = 1,
+  MIMO_KV_INT8 = 2 /* codes from -127 to 127 times a float32 scale of the row and head, its largest magnitude / 127 */
+};
+
+/* Keys and values of one sequence in one layer: row s is position first + s. k rows (G, dk), v rows (G, dv). */
 typedef struct mimo_kv {
   void *k;
   void *v;
+  float *k_scales; /* INT8: rows (G), else not looked at */
+  float *v_scales;
   int64_t first;
   int64_t start; /* position of this step's first row of the sequence, start >= first */
   int64_t T;     /* its number of rows in this step: positions start .. start + T, already in k and v */
@@ -153,11 +160,12 @@ typedef struct mimo_heads {
   int64_t dv;
   int64_t window;    /* a query sees the last `window` positions, its own included; 0: all */
   const float *sink; /* (H) logits that join the denominator, or NULL */
-  int64_t kv_bf16;   /* != 0: k and v are bfloat16, else float32 */
+  int64_t kv_type;   /* enum mimo_kv_type of k and v */
 } mimo_heads;
 
 /* Causal attention: q (T, H, dk) float32 with row pitch ldq -> out (T, H, dv) with row pitch ldo; scores are scaled by
- * dk^-0.5; softmax in float32. T = sum of the sequences' T, their rows follow each other. */
+ * dk^-0.5; softmax in float32. T = sum of the sequences' T, their rows follow each other. INT8 keys meet queries, and
+ * INT8 values shares, of 16 bits (attention8.inc). */
 MIMO_API int32_t mimo_attend(const mimo_table *table, const mimo_heads *heads, const float *q, int64_t ldq,
                              const mimo_kv *sequences, int64_t n_sequences, float *out, int64_t ldo) MIMO_NOEXCEPT;
 
