@@ -1,6 +1,6 @@
 """Attention of one full layer over 16-bit and over 8-bit keys and values, in turns.
 
-    python bench/kv_attention.py [--contexts N ...] [--rows N ...] [--threads N ...] [--isa NAME ...]
+    python bench/kv_attention.py [--contexts N ...] [--rows N ...] [--threads N ...] [--isa NAME]
 
 The real model's shapes (64 query heads on 4 key/value heads, 192/128), caches too large for the
 processor's. Each round times both kinds after one another and reads memory alone between; figures

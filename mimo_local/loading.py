@@ -167,7 +167,7 @@ def kv_dtype(wish: str, kind: str) -> torch.dtype:
     """How keys and values are kept. auto: exact beside exact weights, half the size for packs."""
     if wish == "auto":
         wish = "bf16" if kind == "pack" else "f32"
-    return torch.bfloat16 if wish == "bf16" else torch.float32
+    return {"f32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}[wish]
 
 
 def context_limit(config: ModelConfig, wish: int | None, dtype: torch.dtype) -> int:
@@ -180,7 +180,8 @@ def context_limit(config: ModelConfig, wish: int | None, dtype: torch.dtype) -> 
             raise NotEnoughMemoryError(
                 f"a context of {limit} tokens takes {need / 1e9:.2f} GB and {free / 1e9:.2f} GB "
                 "are free",
-                hint="ask for a smaller --context",
+                hint="ask for a smaller --context"
+                + ("" if dtype == torch.int8 else ", or set kv_dtype = int8"),
             )
         return limit
     limit = min(config.max_context, DEFAULT_CONTEXT)

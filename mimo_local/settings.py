@@ -18,7 +18,7 @@ from typing import Any, Final, Literal, get_args
 
 from mimo_local.errors import UsageError
 
-KvDtype = Literal["auto", "f32", "bf16"]
+KvDtype = Literal["auto", "f32", "bf16", "int8"]
 Prefetch = Literal["auto", "on", "off"]
 Draft = Literal["auto", "on", "off"]
 PACK_MANIFEST: Final = "pack.json"
@@ -239,7 +239,8 @@ _RULES: Final[dict[str, tuple[Callable[[Any], Any], str]]] = {
     ),
     "kv_dtype": (
         _choice(*get_args(KvDtype)),
-        "how keys and values are kept; auto: bf16 for packs, f32 for checkpoints",
+        "how keys and values are kept; int8: half of bf16 for layers that see all; "
+        "auto: bf16 for packs, f32 for checkpoints",
     ),
     "window": (
         _integer(1),

@@ -22,6 +22,8 @@ ALIGN = 4096  # an expert starts on a page, so that one direct read brings it
 CHUNK = 512  # rows of one prefill step: what the activations are sized for
 HIDDEN_BUFFERS = 3  # residual stream, normed rows, a layer's output
 RESTARTS = 8  # points a session keeps to return to
+KV_ITEMSIZES = {"f32": 4, "bf16": 2, "int8": 1}  # bytes of a number in full layers
+SCALE = 4  # bytes; int8 has one for the keys and one for the values of a row and head
 RING_SLACK, RING_SPARE = 3, 32  # rows of a sliding layer beside its window (`cache.RingKV`)
 
 SMALL_HEAD = 1 << 26
@@ -96,14 +98,24 @@ def active_weights(config: ModelConfig) -> int:
 
 
 def kv_bytes(config: ModelConfig, tokens: int, itemsize: int = 2) -> int:
-    """Bytes of one sequence's keys and values; sliding layers stop growing at the window."""
-    return sum(
-        layer.kv_heads
-        * (layer.head_dim + layer.v_head_dim)
-        * itemsize
-        * (tokens if layer.window is None else min(tokens, layer.window))
-        for layer in config.layers
-    )
+    """Bytes of one sequence's keys and values; sliding layers stop growing at the window.
+
+    `itemsize`: of a number as full layers keep it, see `KV_ITEMSIZES`.
+    """
+    total = 0
+    for layer in config.layers:
+        width = layer.head_dim + layer.v_head_dim
+        if layer.window is None:
+            head = width * itemsize + (2 * SCALE if itemsize == 1 else 0)
+            total += layer.kv_heads * head * tokens
+        else:
+            total += layer.kv_heads * width * ring_itemsize(itemsize) * min(tokens, layer.window)
+    return total
+
+
+def ring_itemsize(itemsize: int) -> int:
+    """Bytes of a number in sliding layers, which do not grow: never 8 bits."""
+    return max(2, itemsize)
 
 
 def hidden_bytes(config: ModelConfig, tokens: int) -> int:
@@ -124,7 +136,7 @@ def restart_bytes(config: ModelConfig, itemsize: int = 2) -> int:
     ]
     copies = sum(width * (window + RING_SLACK) for width, window in rows)
     spare = sum(width * (RING_SLACK + RING_SPARE) for width, _ in rows)
-    return itemsize * ((RESTARTS + 1) * copies + spare)
+    return ring_itemsize(itemsize) * ((RESTARTS + 1) * copies + spare)
 
 
 def activation_bytes(config: ModelConfig, *, native: bool = True) -> int:

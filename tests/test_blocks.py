@@ -63,7 +63,7 @@ def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found - wanted).norm() / wanted.norm())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("lengths", [[1], [4], [9], [40], [700], [3, 1, 30], [500, 30, 2]])
 def test_native_layers_equal_torch_layers(
     model: Model, lengths: list[int], dtype: torch.dtype
@@ -81,8 +81,14 @@ def test_native_layers_equal_torch_layers(
 
     native, twin = segments(), segments()
     found, wanted = model.forward(native), torch_way(model, twin)
-    # In bf16 a last-bit difference of a key may round the other way: 2^-9 of it.
-    assert relative(found, wanted) < (1e-5 if dtype == torch.float32 else 2e-3)
+    if dtype == torch.int8:
+        # Sums of 16-bit codes: 1e-4 of an attention's output. A row in 700 then elects another
+        # expert, which says nothing about the arithmetic.
+        rows = (found - wanted).norm(dim=1) / wanted.norm(dim=1)
+        assert rows.median() < 2e-3 and rows.quantile(0.99) < 5e-3
+    else:
+        # In bf16 a last-bit difference of a key may round the other way: 2^-9 of it.
+        assert relative(found, wanted) < (1e-5 if dtype == torch.float32 else 2e-3)
     for one, other in zip(native, twin, strict=True):
         assert one.cache.length == other.cache.length
         for mine, theirs in zip(one.cache.layers, other.cache.layers, strict=True):
@@ -94,7 +100,7 @@ def test_native_layers_equal_torch_layers(
                 assert relative(part.float(), part_too.float()) < 5e-3
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("counts", [[1], [4], [8], [1, 1], [3, 1, 4]])
 def test_all_layers_in_one_call_are_one_after_the_other_bit_for_bit(
     model: Model, counts: list[int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from mimo_local.cache import KVCache
 from mimo_local.cache_file import fingerprint
-from mimo_local.cache_layers import SPARE_ROWS, View
-from mimo_local.config import ModelConfig
+from mimo_local.cache_layers import SPARE_ROWS, View, coded
+from mimo_local.config import LayerSpec, ModelConfig
 from mimo_local.errors import MimoError, PackError, UsageError
 
 
@@ -39,7 +39,7 @@ class Lists:
             k = torch.randn(n, spec.kv_heads, spec.head_dim)
             v = torch.randn(n, spec.kv_heads, spec.v_head_dim)
             mine = self.rows[spec.index]
-            both = mine[:length] + list(zip(k.to(self.dtype), v.to(self.dtype), strict=True))
+            both = mine[:length] + self.kept(spec, k, v)
             view = cache.append(spec.index, k, v)
             self.compare(view, both, spec.window, length)
             if commit:
@@ -55,7 +55,7 @@ class Lists:
             for n in sizes:
                 k = torch.randn(n, spec.kv_heads, spec.head_dim)
                 v = torch.randn(n, spec.kv_heads, spec.v_head_dim)
-                mine = mine + list(zip(k.to(self.dtype), v.to(self.dtype), strict=True))
+                mine = mine + self.kept(spec, k, v)
                 view = cache.append(spec.index, k, v, at=at)
                 self.compare(view, mine, spec.window, length + at)
                 at += n
@@ -64,6 +64,17 @@ class Lists:
         if commit:
             cache.advance(sum(sizes))
 
+    def kept(
+        self, spec: LayerSpec, k: torch.Tensor, v: torch.Tensor
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Rows as this layer rounds them, as floats."""
+        if self.dtype == torch.int8 and spec.window is None:
+            k, v = (rounded_to_127ths(x) for x in (k, v))
+        else:
+            dtype = torch.bfloat16 if self.dtype == torch.int8 else self.dtype
+            k, v = k.to(dtype), v.to(dtype)
+        return list(zip(k, v, strict=True))
+
     @staticmethod
     def compare(
         view: View, rows: list[tuple[torch.Tensor, torch.Tensor]], window: int | None, length: int
@@ -71,14 +82,21 @@ class Lists:
         needed = 0 if window is None else max(0, length - window + 1)
         assert view.first_position <= needed
         assert view.k.shape[0] == len(rows) - view.first_position
-        assert torch.equal(view.k, torch.stack([k for k, _ in rows[view.first_position :]]))
-        assert torch.equal(view.v, torch.stack([v for _, v in rows[view.first_position :]]))
+        found_k, found_v = view.numbers()
+        assert torch.equal(found_k, torch.stack([k for k, _ in rows[view.first_position :]]))
+        assert torch.equal(found_v, torch.stack([v for _, v in rows[view.first_position :]]))
+
+
+def rounded_to_127ths(x: torch.Tensor) -> torch.Tensor:
+    """x (T, G, d): each row and head to multiples of 1/127 of its largest magnitude."""
+    most = x.abs().amax(-1, keepdim=True)
+    return (x * (127 / most)).round() * (most / 127)
 
 
 @settings(max_examples=40, deadline=None)
 @given(
     st.integers(0, 10**9), st.integers(1, 40), st.integers(0, 6),
-    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.int8]),
 )  # fmt: skip
 def test_any_history_shows_the_rows_a_list_would(
     seed: int, window: int, slack: int, dtype: torch.dtype
@@ -120,19 +138,29 @@ def test_any_history_shows_the_rows_a_list_would(
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 10**9), st.integers(1, 40), st.integers(0, 6))
-def test_places_are_the_rooms_views_as_numbers(seed: int, window: int, slack: int) -> None:
+@given(
+    st.integers(0, 10**9), st.integers(1, 40), st.integers(0, 6),
+    st.sampled_from([torch.float32, torch.int8]),
+)  # fmt: skip
+def test_places_are_the_rooms_views_as_numbers(
+    seed: int, window: int, slack: int, dtype: torch.dtype
+) -> None:
     dice, facts = random.Random(seed), config(window)
-    one, other = (KVCache(facts, slack=slack) for _ in range(2))
+    one, other = (KVCache(facts, slack=slack, dtype=dtype) for _ in range(2))
     for _ in range(30):
         n = dice.choice([1, 1, 1, 4, 8, SPARE_ROWS])
         for layer in range(len(one.layers)):  # a step that is given up, perhaps a long one
             lost = n + dice.choice([0, 60])
             one.room(layer, lost)
             other.room(layer, lost)
-        for layer, (k, v, first) in enumerate(one.places(n)):
+        for layer, (k, v, k_scales, v_scales, first) in enumerate(one.places(n)):
             view, store = other.room(layer, n), one.layers[layer]
             assert (k, v) == (store.k.data_ptr(), store.v.data_ptr())
+            assert (k_scales, v_scales) == tuple(
+                store.stored[name].data_ptr() if name in store.stored else 0
+                for name in ("k_scales", "v_scales")
+            )
+            assert (k_scales != 0) == (dtype == torch.int8 and store.kind == "full")
             assert first == view.first_position and one.length - first + n <= store.k.shape[0]
             other.settle(layer)
         for cache in (one, other):
@@ -259,6 +287,31 @@ def test_bf16_storage_takes_half_the_bytes() -> None:
     assert {k: n // 2 for k, n in wide.nbytes.items()} == narrow.nbytes
 
 
+def test_int8_is_for_full_layers_and_takes_half_of_bf16_and_the_scales() -> None:
+    facts = config(9)
+    narrow, coded = (
+        KVCache(facts, dtype=d, capacity_hint=64) for d in (torch.bfloat16, torch.int8)
+    )
+    heads = sum(spec.kv_heads for spec in facts.layers if spec.window is None)
+    assert coded.nbytes["swa"] == narrow.nbytes["swa"]
+    assert coded.nbytes["full"] == narrow.nbytes["full"] // 2 + 64 * heads * 2 * 4
+    assert coded.snapshot().nbytes == narrow.snapshot().nbytes
+
+
+def test_codes_are_the_kernels_own_and_tell_bad_rows() -> None:
+    x = torch.randn(6, 3, 24) * torch.tensor([1e-3, 1.0, 1e4])[:, None]
+    x[1, 0], x[2, 1, 5], x[3, 2, 0], x[4, 0] = 0.0, torch.nan, -torch.inf, 1e-33
+    codes, scales = coded(x)
+    bad = torch.zeros(6, 3, dtype=torch.bool)
+    bad[2, 1] = bad[3, 2] = True
+    assert torch.equal(scales.isnan(), bad)
+    assert scales[1, 0] == scales[4, 0] == 0
+    plain = ~bad & (scales > 0)
+    assert (codes.abs().amax(-1) == 127)[plain].all()
+    error = (codes * scales[..., None] - x).abs().amax(-1)
+    assert (error <= 0.5001 * scales)[plain].all()
+
+
 def test_a_cache_filled_in_inference_mode_can_be_restored_outside() -> None:
     facts = config(5)
     with torch.inference_mode():
@@ -273,17 +326,17 @@ def test_a_cache_filled_in_inference_mode_can_be_restored_outside() -> None:
 # ---- files ---------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def saved(tmp_path: Path) -> tuple[Path, ModelConfig]:
+@pytest.fixture(params=[torch.bfloat16, torch.int8])
+def saved(tmp_path: Path, request: pytest.FixtureRequest) -> tuple[Path, ModelConfig]:
     facts = config(9)
-    cache = KVCache(facts, dtype=torch.bfloat16, slack=3)
-    Lists(facts, torch.bfloat16).step(cache, 77)
+    cache = KVCache(facts, dtype=request.param, slack=3)
+    Lists(facts, request.param).step(cache, 77)
     cache.save(tmp_path / "kv.safetensors")
     return tmp_path / "kv.safetensors", facts
 
 
 @pytest.mark.parametrize("n", [0, 1, 5, 9, 100])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_a_loaded_cache_shows_the_saved_rows(tmp_path: Path, n: int, dtype: torch.dtype) -> None:
     facts = config(9)
     cache, lists = KVCache(facts, dtype=dtype, slack=2), Lists(facts, dtype)
@@ -349,6 +402,32 @@ def test_a_consistent_checksum_over_impossible_facts_is_refused(
     save_file(tensors, path, metadata=meta)
     with pytest.raises(PackError, match="do not fit"):
         KVCache.load(path, facts)
+
+
+def test_codes_without_scales_that_fit_are_refused(tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    from mimo_local import cache_file as module
+
+    facts, path = config(9), tmp_path / "kv"
+    cache = KVCache(facts, dtype=torch.int8)
+    Lists(facts, torch.int8).step(cache, 20)
+    cache.save(path)
+    with safe_open(path, framework="pt") as file:
+        claims = json.loads(file.metadata()["mimo"])
+    whole = load_file(path)
+    scales, ring = whole["layers.0.k_scales"], whole["layers.1.v"]
+    for name, lie in {
+        "layers.0.k_scales": None, "layers.0.v_scales": scales[:5].clone(),
+        "layers.2.k_scales": scales.to(torch.int8), "layers.1.v": ring.to(torch.int8),
+    }.items():  # fmt: skip
+        tensors = whole | ({} if lie is None else {name: lie})
+        if lie is None:
+            del tensors[name]
+        meta = {"mimo": json.dumps(claims), "checksum": module.checksum(claims, tensors)}
+        save_file(tensors, path, metadata=meta)
+        with pytest.raises(PackError, match="do not fit"):
+            KVCache.load(path, facts)
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:

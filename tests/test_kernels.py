@@ -55,6 +55,8 @@ CHECKS = [
     "elementwise",
     "rotation",
     "bf16_rows",
+    "int8_heads",
+    "int8_heads",
     "attention",
     "not_finite",
     "panels_nf4",

@@ -11,10 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mimo_local import kernels, ops
+from mimo_local.blocks import KV_DTYPES
+from mimo_local.cache_layers import View, coded
 from mimo_local.errors import NativeError
 
 torch.set_num_threads(1)
 EXACT_ROWS = 8
+KINDS = tuple(KV_DTYPES)
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +30,10 @@ def library() -> kernels.Kernels:
 
 @dataclass
 class Case:
-    """One sequence: q (T, H, dk), k (S, G, dk), v (S, G, dv), row 0 of k at position `first`."""
+    """One sequence: q (T, H, dk), k (S, G, dk), v (S, G, dv), row 0 of k at position `first`.
+
+    k and v may be int8 with scales (S, G).
+    """
 
     q: torch.Tensor
     k: torch.Tensor
@@ -35,16 +41,21 @@ class Case:
     first: int
     window: int = 0
     sink: torch.Tensor | None = None
+    k_scales: torch.Tensor | None = None
+    v_scales: torch.Tensor | None = None
 
     @property
     def start(self) -> int:
         return self.first + len(self.k) - len(self.q)
 
+    @property
+    def view(self) -> View:
+        return View(self.k, self.v, self.first, self.k_scales, self.v_scales)
+
     def expected(self) -> torch.Tensor:
         return ops.attention(
             self.q,
-            self.k,
-            self.v,
+            *self.view.numbers(),
             start=self.start,
             first=self.first,
             window=self.window or None,
@@ -53,8 +64,20 @@ class Case:
 
     def rows(self, a: int, b: int) -> Case:
         """The step that has only rows a .. b of this one."""
-        end = len(self.k) - len(self.q) + b
-        return replace(self, q=self.q[a:b], k=self.k[:end], v=self.v[:end])
+        return replace(self.keys(0, len(self.k) - len(self.q) + b), q=self.q[a:b])
+
+    def keys(self, a: int, b: int) -> Case:
+        """With rows a .. b of keys and values only."""
+        parts = {name: getattr(self, name) for name in ("k", "v", "k_scales", "v_scales")}
+        parts = {name: part if part is None else part[a:b] for name, part in parts.items()}
+        return replace(self, first=self.first + a, **parts)
+
+    def with_nan(self, key: int) -> Case:
+        """The value of one position is no number."""
+        name = "v" if self.v_scales is None else "v_scales"
+        broken = getattr(self, name).clone()
+        broken[key] = torch.nan
+        return replace(self, **{name: broken})
 
 
 def random(*shape: int, seed: int, scale: float = 1.0) -> torch.Tensor:
@@ -72,19 +95,17 @@ def make(
     first: int = 0,
     window: int = 0,
     sink: bool = False,
-    bf16: bool = False,
+    kind: torch.dtype = torch.float32,
     seed: int = 0,
     scale: float = 1.0,
 ) -> Case:
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    return Case(
-        random(T, shared * G, dk, seed=seed, scale=scale),
-        random(S, G, dk, seed=seed + 1, scale=scale).to(dtype),
-        random(S, G, dv, seed=seed + 2).to(dtype),
-        first,
-        window,
-        random(shared * G, seed=seed + 3, scale=3.0) if sink else None,
-    )
+    q = random(T, shared * G, dk, seed=seed, scale=scale)
+    k, v = random(S, G, dk, seed=seed + 1, scale=scale), random(S, G, dv, seed=seed + 2)
+    sinks = random(shared * G, seed=seed + 3, scale=3.0) if sink else None
+    if kind != torch.int8:
+        return Case(q, k.to(kind), v.to(kind), first, window, sinks)
+    (k, k_scales), (v, v_scales) = coded(k), coded(v)
+    return Case(q, k, v, first, window, sinks, k_scales, v_scales)
 
 
 def attend(k: kernels.Kernels, *cases: Case, extra: int = 3) -> list[torch.Tensor]:
@@ -99,13 +120,10 @@ def attend(k: kernels.Kernels, *cases: Case, extra: int = 3) -> list[torch.Tenso
         dv,
         c.window,
         None if c.sink is None else c.sink.data_ptr(),
-        int(c.k.dtype == torch.bfloat16),
+        KV_DTYPES[c.k.dtype],
     )
     sequences = (kernels.Sequence * len(cases))(
-        *(
-            kernels.Sequence(x.k.data_ptr(), x.v.data_ptr(), x.first, x.start, len(x.q))
-            for x in cases
-        )
+        *(kernels.Sequence(*x.view.where, x.first, x.start, len(x.q)) for x in cases)
     )
     rows = sum(len(x.q) for x in cases)
     q = torch.full((rows, heads * dk + extra), float("nan"))
@@ -126,9 +144,11 @@ def attend(k: kernels.Kernels, *cases: Case, extra: int = 3) -> list[torch.Tenso
 
 
 def close(got: torch.Tensor, case: Case) -> None:
+    """Codes of 16 bits are off by 1/65534 of the largest: of a query's dims, of a step's shares."""
     expected = case.expected()
     scale = expected.abs().max().clamp_min(1e-3)
-    assert (got - expected).abs().max() <= 1e-5 * scale
+    bound = 1e-5 if case.k.dtype != torch.int8 else 1e-3
+    assert (got - expected).abs().max() <= bound * scale
 
 
 @st.composite
@@ -145,7 +165,7 @@ def cases(draw: st.DrawFn, most_rows: int = 40) -> Case:
         first=draw(st.sampled_from([0, 1, 13, 16, 250, 1000])),
         window=draw(st.sampled_from([0, 0, 1, 2, 5, 16, 128, 400, 2000])),
         sink=draw(st.booleans()),
-        bf16=draw(st.booleans()),
+        kind=draw(st.sampled_from(KINDS)),
         seed=draw(st.integers(0, 999)),
         scale=draw(st.sampled_from([0.1, 1.0, 4.0])),
     )
@@ -173,15 +193,16 @@ def test_a_row_is_the_same_alone_and_in_company(
     assert torch.equal(attend(library, case.rows(0, t + 1))[0], together[: t + 1])
 
 
-def test_a_row_does_not_meet_what_its_neighbours_see(library: kernels.Kernels) -> None:
+@pytest.mark.parametrize("kind", [torch.float32, torch.int8])
+def test_a_row_does_not_meet_what_its_neighbours_see(
+    library: kernels.Kernels, kind: torch.dtype
+) -> None:
     """Not even the NaN of a later key or of one that has left its window."""
     for T, window in ((2, 0), (8, 0), (8, 3), (8, 40), (70, 0), (70, 33)):
-        case = make(T, T + 300, 3, 2, window=window, seed=T)
+        case = make(T, T + 300, 3, 2, window=window, seed=T, kind=kind)
         clean = attend(library, case)[0]
         for key in {0, 299, 300, T + 299}:
-            v = case.v.clone()
-            v[key] = float("nan")
-            got = attend(library, replace(case, v=v))[0]
+            got = attend(library, case.with_nan(key))[0]
             position = torch.arange(300, T + 300)
             sees = (position >= key) & ((position - key < window) if window else True)
             assert got[sees].isnan().all()
@@ -207,9 +228,10 @@ def test_sequences_do_not_meet(
         assert torch.equal(got, attend(library, case)[0])
 
 
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("T", [1, 4, 20, 70])
-def test_threads_do_not_matter(library: kernels.Kernels, T: int) -> None:
-    case = make(T, 3000, 16, 4, 48, 32, bf16=True)
+def test_threads_do_not_matter(library: kernels.Kernels, T: int, kind: torch.dtype) -> None:
+    case = make(T, 3000, 16, 4, 48, 32, kind=kind)
     before = library.threads
     results = []
     for threads in (1, 2, 3, 7):
@@ -220,13 +242,57 @@ def test_threads_do_not_matter(library: kernels.Kernels, T: int) -> None:
     close(results[0], case)
 
 
-def test_where_the_cache_begins_does_not_matter(library: kernels.Kernels) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_where_the_cache_begins_does_not_matter(
+    library: kernels.Kernels, kind: torch.dtype
+) -> None:
     """A ring that has dropped rows out of the window gives the bits of one that has not."""
-    case = make(3, 900, 4, 2, 32, 32, window=128)
+    case = make(3, 900, 4, 2, 32, 32, window=128, kind=kind)
     whole = attend(library, case)[0]
     for gone in (1, 255, 256, 700, 900 - 3 - 127):
-        shorter = replace(case, k=case.k[gone:], v=case.v[gone:], first=gone)
-        assert torch.equal(attend(library, shorter)[0], whole)
+        assert torch.equal(attend(library, case.keys(gone, 900))[0], whole)
+
+
+@pytest.mark.parametrize("T", [1, 8, 70])
+def test_a_bad_number_shows_in_all_who_see_it(library: kernels.Kernels, T: int) -> None:
+    """In a stored key or in a query: never a plausible result."""
+    case = make(T, T + 300, 3, 2, kind=torch.int8, seed=T)
+    assert case.k_scales is not None
+    scales = case.k_scales.clone()
+    scales[299] = torch.nan  # what a key with NaN or infinity is stored with
+    assert attend(library, replace(case, k_scales=scales))[0].isnan().all()
+    for bad in (torch.nan, torch.inf):
+        q = case.q.clone()
+        q[0, 0, 3] = bad
+        got = attend(library, replace(case, q=q))[0].view(T, 6, 16)
+        assert got[0, 0].isnan().all() and got[0, 1:].isfinite().all()
+        assert got[1:].isfinite().all()
+
+
+@pytest.mark.parametrize("size", [1e-38, 1e-31, 1e-20, 1e15])
+def test_values_of_any_size_keep_their_proportions(library: kernels.Kernels, size: float) -> None:
+    """Below 1e-30 they are zero."""
+    case = make(3, 500, 2, 2, kind=torch.int8)
+    assert case.v_scales is not None
+    plain = attend(library, case)[0]
+    got = attend(library, replace(case, v_scales=case.v_scales * size))[0]
+    if size > 1e-25:
+        torch.testing.assert_close(got / size, plain, rtol=1e-5, atol=1e-6)
+    else:
+        assert got.abs().max() <= 1e-28
+
+
+def test_a_flat_context_loses_nothing_to_rounded_shares(library: kernels.Kernels) -> None:
+    """One key far above 4000 others: each is 1e-5 of it, all together a third of the result."""
+    case = make(1, 4001, 1, 1, 64, 64, kind=torch.int8, seed=4)
+    assert case.k_scales is not None
+    k, scales = torch.zeros_like(case.k), torch.ones_like(case.k_scales) / 127
+    k[7, 0, 0] = 127
+    q = torch.zeros_like(case.q)
+    q[..., 0] = 8 * 9.0  # a score of 9 beside zeros
+    one = replace(case, q=q, k=k, k_scales=scales)
+    got, expected = attend(library, one)[0], one.expected()
+    assert (got - expected).abs().max() <= 2e-3 * expected.abs().max()
 
 
 @pytest.mark.parametrize("scale", [1e4, 1e9, 1e18])
@@ -291,7 +357,7 @@ def test_no_rows_no_sequences(library: kernels.Kernels) -> None:
     library.call("attend", ctypes.byref(kernels.Heads(2, 1, 4, 4, 0, None, 0)), 0, 8, None, 0, 0, 8)
 
 
-GOOD = {"heads": 4, "kv_heads": 2, "dk": 8, "dv": 8, "window": 0, "sink": None, "kv_bf16": 0}
+GOOD = {"heads": 4, "kv_heads": 2, "dk": 8, "dv": 8, "window": 0, "sink": None, "kv_type": 0}
 
 
 @pytest.mark.parametrize(
@@ -312,6 +378,10 @@ GOOD = {"heads": 4, "kv_heads": 2, "dk": 8, "dv": 8, "window": 0, "sink": None, 
         {"start": (1 << 63) - 1},
         {"k": None},
         {"v": 1},
+        {"kv_type": 3},
+        {"kv_type": -1},
+        {"kv_type": 2, "k_scales": None},
+        {"kv_type": 2, "v_scales": 2},
         {"ldq": 31},
         {"ldo": 31},
         {"q": 0},
@@ -324,6 +394,7 @@ def test_wrong_arguments_are_refused(library: kernels.Kernels, wrong: dict[str, 
     address = memory.data_ptr()
     facts = {**GOOD, **{k: v for k, v in wrong.items() if k in GOOD}}
     kv = {"k": address, "v": address, "first": 0, "start": 4, "T": 1}
+    kv |= {"k_scales": address, "v_scales": address}
     kv |= {k: v for k, v in wrong.items() if k in kv}
     call = {"q": address, "ldq": 32, "out": address + 2048, "ldo": 32}
     call |= {k: v for k, v in wrong.items() if k in call}

@@ -137,7 +137,7 @@ def assert_same(model: Model, one: KVCache, other: KVCache, bound: float = 1e-5)
 
 
 @pytest.mark.parametrize("whole", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 @pytest.mark.parametrize(("old", "n", "chunk"), [
     (0, 1, 512), (0, 8, 3), (0, 90, 512), (0, 90, 20), (5, 90, 20), (50, 90, 33), (50, 90, 1),
 ])  # fmt: skip

@@ -57,18 +57,21 @@ def test_bytes_of_keys_and_values_by_hand() -> None:
     spec = shape_config(1, 256).layers[0]
     case = AttentionCase(spec, 96, cold=1 << 20)
     assert case.nbytes == 96 * 4 * (192 + 128) * 2 == 96 * 2560
-    assert case.k.shape == (5, 96, 4, 192)
-    assert case.v.shape == (5, 96, 4, 128)
+    assert len(case.views) == 5
+    assert case.views[4].k.shape == (96, 4, 192) and case.views[4].v.shape == (96, 4, 128)
+    coded = AttentionCase(spec, 96, dtype=torch.int8, cold=1 << 20)
+    assert coded.nbytes == 96 * 4 * (192 + 128 + 2 * 4)
 
 
 @pytest.mark.parametrize("shape", ["tiny", "real"])
+@pytest.mark.parametrize(("dtype", "rows"), [(torch.bfloat16, 1), (torch.int8, 1), (torch.int8, 3)])
 def test_the_attention_measured_is_the_models_own(
-    shape: str, monkeypatch: pytest.MonkeyPatch
+    shape: str, dtype: torch.dtype, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = shape_config(1, 256, shape=shape).layers[0]
-    case = AttentionCase(spec, 70, cold=1)
-    k, v = case.k[1], case.v[1]
-    expected = ops.attention(case.q, k, v, start=69, first=0, window=None, sink=None)
+    case = AttentionCase(spec, 1070, dtype=dtype, rows=rows, cold=1)
+    k, v = case.views[1].numbers()
+    expected = ops.attention(case.q, k, v, start=1070 - rows, first=0, window=None, sink=None)
     torch.testing.assert_close(case.attend(1), expected, rtol=2e-3, atol=2e-3)
     assert 0 < case.seconds() < 10
     monkeypatch.setattr(kernels, "get", lambda: None)

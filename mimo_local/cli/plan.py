@@ -9,7 +9,7 @@ from __future__ import annotations
 import json as jsonlib
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -62,6 +62,12 @@ Context = Annotated[
     int | None,
     typer.Option("--context", help="tokens to keep room for; left out: what fits", metavar="N"),
 ]
+KvDtype = Annotated[
+    str | None,
+    typer.Option(
+        "--kv-dtype", help="keys and values in f32, bf16 or int8; left out: bf16", metavar="T"
+    ),
+]
 Pages = Annotated[int, typer.Option("--pages", help="pages of the document to read", metavar="N")]
 Format = Annotated[
     str, typer.Option("--format", help="nf4 or mxfp4 (experts, rest int8), int8, bf16", metavar="F")
@@ -89,6 +95,7 @@ def plan(
     context: Context = None,
     pages: Pages = 100,
     format: Format = "nf4",  # noqa: A002 - the option's name
+    kv_dtype: KvDtype = None,
     measure: Measure = False,
     calibrate: Calibrate = False,
     check: Check = False,
@@ -100,6 +107,7 @@ def plan(
     asked to calibrate: then they rest on the pack's own decode loop on this machine.
     """
     from mimo_local.plan.planner import PAGE_TOKENS
+    from mimo_local.sizes import KV_ITEMSIZES
 
     if check:
         return checked(json=json)
@@ -122,7 +130,9 @@ def plan(
         ram_rate=given.get("ram_rate", budget.ram_rate),
         disk_rate=given.get("disk_rate", budget.disk_rate),
     )
-    return shown(config, pack, name, budget, context, pages * PAGE_TOKENS, json=json)
+    wish = Settings.resolve(kv_dtype=kv_dtype).kv_dtype
+    kept = {"context": context, "kv_itemsize": KV_ITEMSIZES.get(wish, KV_ITEMSIZES["bf16"])}
+    return shown(config, pack, name, budget, kept, pages * PAGE_TOKENS, json=json)
 
 
 def shown(
@@ -130,19 +140,19 @@ def shown(
     pack: PackSizes,
     name: str,
     budget: Budget,
-    context: int | None,
+    kept: dict[str, Any],
     tokens: int,
     *,
     json: bool,
 ) -> int:
-    """Print the plan; raises what makes it impossible."""
+    """Print the plan; raises what makes it impossible. `kept`: context and bytes of a number."""
     from mimo_local.cli import plan_text
     from mimo_local.plan import plan as planned
 
-    found = planned(config, pack, budget, context=context, tokens=tokens, gpu_dense=True)
+    found = planned(config, pack, budget, **kept, tokens=tokens, gpu_dense=True)
     now = None
     if found.placement.vram:  # this version keeps no more than experts there
-        now = planned(config, pack, budget, context=context, tokens=tokens)
+        now = planned(config, pack, budget, **kept, tokens=tokens)
     if json:
         data = {"model": name, **found.to_dict()}
         data["this_version"] = (now or found).to_dict()

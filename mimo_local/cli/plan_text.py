@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from mimo_local.cli.tables import table
 from mimo_local.plan.planner import PAGE_TOKENS, span
-from mimo_local.sizes import GB, gb
+from mimo_local.sizes import GB, KV_ITEMSIZES, gb
 
 if TYPE_CHECKING:
     from mimo_local.plan import Plan, Prediction
@@ -27,7 +27,10 @@ def plan(found: Plan, name: str, now: Plan | None = None) -> str:
     budget = found.budget
     machine = f"{gb(budget.vram)} VRAM, " if budget.vram else "no GPU, "
     machine += f"{gb(budget.ram)} RAM, {gb(budget.disk)} free disk, {budget.cores} cores"
-    lines = [f"{name}: {gb(found.sizes.total)}, context {found.context}", f"on {machine}", ""]
+    kept = {n: kind for kind, n in KV_ITEMSIZES.items() if kind != "bf16"}
+    kept_as = kept.get(found.placement.kv_itemsize)
+    context = f"context {found.context}" + (f", keys and values in {kept_as}" if kept_as else "")
+    lines = [f"{name}: {gb(found.sizes.total)}, {context}", f"on {machine}", ""]
     rows = [
         (
             row.name,

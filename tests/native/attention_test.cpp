@@ -174,6 +174,47 @@ MIMO_CHECK(bf16_rows) {
   }
 }
 
+// Rows with NaN, infinity, nothing, the least and the largest numbers, in heads of odd sizes.
+MIMO_CHECK(int8_heads) {
+  const float infinity = std::numeric_limits<float>::infinity();
+  const float odd[] = {0.0F, 1e-38F, 3e38F, infinity, -infinity, std::numeric_limits<float>::quiet_NaN()};
+  for (const std::int64_t dim : kColumns) {
+    const std::int64_t heads = 7;
+    const std::size_t n = size(heads * dim);
+    Exact<float> x = normal(n, static_cast<unsigned>(dim), 3.0F);
+    for (std::size_t h = 0; h < std::size(odd); ++h) {
+      for (std::size_t d = 0; d < size(dim); d += h < 2 ? 1 : 3) x[h * size(dim) + d] = odd[h];
+    }
+    const auto coded = [&](const mimo_table &table, Exact<std::int8_t> &codes) {
+      Exact<float> scales(size(heads));
+      table.quantize_heads(x.get(), 0.707F, heads, dim, codes.get(), scales.get());
+      return scales;
+    };
+    Exact<std::int8_t> codes(n);
+    Exact<float> scales = coded(*mimo::scalar_table(), codes);
+    for (std::size_t h = 0; h < size(heads); ++h) {
+      const float scale = scales[h];
+      if (h >= 3 && h < 6) {
+        REQUIRE(std::isnan(scale), "head %d of %d dims", static_cast<int>(h), static_cast<int>(dim));
+        continue;
+      }
+      for (std::size_t d = 0; d < size(dim); ++d) {
+        const double exact = 0.707 * static_cast<double>(x[h * size(dim) + d]);
+        const double error = exact - static_cast<double>(codes[h * size(dim) + d]) * static_cast<double>(scale);
+        REQUIRE(std::fabs(error) <= 0.5001 * static_cast<double>(scale) + 1e-30, "head %d", static_cast<int>(h));
+      }
+    }
+    for (const mimo_table *table : fast_tables()) {
+      Exact<std::int8_t> others(n);
+      Exact<float> found = coded(*table, others);
+      for (std::size_t h = 0; h < size(heads); ++h) {
+        if (std::isnan(scales[h])) found[h] = scales[h];  // which NaN is not specified
+      }
+      REQUIRE(found == scales && others == codes, "%s, %d dims", table->name, static_cast<int>(dim));
+    }
+  }
+}
+
 struct Shape {
   std::int64_t T;
   std::int64_t old;  // positions before the step
@@ -195,7 +236,7 @@ constexpr Shape kShapes[] = {
     {3, 500, 16, 1, 32, 80, 0, 0},
 };
 
-Exact<float> attended(const mimo_table &table, const Shape &s, bool bf16, bool with_sink, bool &alone_is_same) {
+Exact<float> attended(const mimo_table &table, const Shape &s, std::int64_t kind, bool with_sink, bool &alone_is_same) {
   const std::int64_t heads = s.shared * s.kv_heads;
   const std::int64_t keys = s.old + s.T;
   Exact<float> q = normal(size(s.T * heads * s.dk), 1, 2.0F);
@@ -205,11 +246,18 @@ Exact<float> attended(const mimo_table &table, const Shape &s, bool bf16, bool w
   Exact<std::uint16_t> short_v(size(keys * s.kv_heads * s.dv));
   table.scale_row_bf16(k.get(), 1.0F, keys * s.kv_heads * s.dk, short_k.get());
   table.scale_row_bf16(v.get(), 1.0F, keys * s.kv_heads * s.dv, short_v.get());
+  Exact<std::int8_t> byte_k(size(keys * s.kv_heads * s.dk));
+  Exact<std::int8_t> byte_v(size(keys * s.kv_heads * s.dv));
+  Exact<float> k_scales(size(keys * s.kv_heads));
+  Exact<float> v_scales(size(keys * s.kv_heads));
+  table.quantize_heads(k.get(), 1.0F, keys * s.kv_heads, s.dk, byte_k.get(), k_scales.get());
+  table.quantize_heads(v.get(), 1.0F, keys * s.kv_heads, s.dv, byte_v.get(), v_scales.get());
   Exact<float> sink = normal(size(heads), 4, 3.0F);
   Exact<float> out(size(s.T * heads * s.dv));
-  const mimo_heads facts{heads, s.kv_heads, s.dk, s.dv, s.window, with_sink ? sink.get() : nullptr, bf16 ? 1 : 0};
-  mimo_kv kv{bf16 ? static_cast<void *>(short_k.get()) : static_cast<void *>(k.get()),
-             bf16 ? static_cast<void *>(short_v.get()) : static_cast<void *>(v.get()), s.first, s.first + s.old, s.T};
+  const mimo_heads facts{heads, s.kv_heads, s.dk, s.dv, s.window, with_sink ? sink.get() : nullptr, kind};
+  void *const stored_k[] = {k.get(), short_k.get(), byte_k.get()};
+  void *const stored_v[] = {v.get(), short_v.get(), byte_v.get()};
+  mimo_kv kv{stored_k[kind], stored_v[kind], k_scales.get(), v_scales.get(), s.first, s.first + s.old, s.T};
   REQUIRE(mimo_attend(&table, &facts, q.get(), heads * s.dk, &kv, 1, out.get(), heads * s.dv) == MIMO_OK, "refused");
   // The last row as a step of its own.
   Exact<float> last(size(heads * s.dv));
@@ -223,13 +271,13 @@ Exact<float> attended(const mimo_table &table, const Shape &s, bool bf16, bool w
 
 MIMO_CHECK(attention) {
   for (const Shape &s : kShapes) {
-    for (int how = 0; how < 4; ++how) {
+    for (int how = 0; how < 6; ++how) {
       bool alone = false;
-      const Exact<float> expected = attended(*mimo::scalar_table(), s, how % 2 == 1, how >= 2, alone);
+      const Exact<float> expected = attended(*mimo::scalar_table(), s, how % 3, how >= 3, alone);
       REQUIRE(alone || s.T > MIMO_EXACT_ROWS, "T %d: the last row depends on the others", static_cast<int>(s.T));
       for (const mimo_table *table : fast_tables()) {
         bool same = false;
-        REQUIRE(attended(*table, s, how % 2 == 1, how >= 2, same) == expected, "%s, T %d, %d keys before",
+        REQUIRE(attended(*table, s, how % 3, how >= 3, same) == expected, "%s, T %d, %d keys before",
                 table->name, static_cast<int>(s.T), static_cast<int>(s.old));
         REQUIRE(same == alone, "%s", table->name);
       }

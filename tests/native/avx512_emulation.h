@@ -343,7 +343,7 @@ static __m512i _mm512_abs_epi8(__m512i a) {
 static __m512i _mm512_dpwssd_epi32(__m512i sum, __m512i a, __m512i b) {
   const auto x = emu_as<std::int16_t>(a);
   const auto y = emu_as<std::int16_t>(b);
-  for (int i = 0; i < 32; ++i) sum.v[i / 2] += x[i] * y[i];
+  for (int i = 0; i < 32; ++i) sum.v[i / 2] += x.v[i] * y.v[i];
   return sum;
 }
 static __m512i _mm512_slli_epi16(__m512i a, unsigned n) {
