@@ -36,9 +36,14 @@ BANDS = ((1, 128), (128, 512), (512, 1 << 20))
 """Positions before the window fills, soon after, and long after."""
 
 
-def token_losses(model: Model, ids: list[int], chunk: int = 512) -> torch.Tensor:
-    """Negative log-likelihood (len(ids) - 1,) f32 of every token after the first."""
-    cache = model.new_cache()
+def token_losses(
+    model: Model, ids: list[int], chunk: int = 512, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """Negative log-likelihood (len(ids) - 1,) f32 of every token after the first.
+
+    `dtype`: of the cache.
+    """
+    cache = model.new_cache(dtype=dtype)
     losses = []
     rows = torch.tensor(ids)
     for start in range(0, len(ids) - 1, chunk):

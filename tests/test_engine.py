@@ -431,6 +431,19 @@ def test_settings_reach_the_engine(checkpoint: Path) -> None:
         assert engine.context_limit == 4096
 
 
+def test_int8_keys_and_values_reach_every_layer_that_sees_all(checkpoint: Path) -> None:
+    with Engine.load(Settings(model=checkpoint, kv_dtype="int8")) as engine:
+        session = engine.new_session()
+        stored = {type(layer).__name__: layer.k.dtype for layer in session.cache.layers}
+        assert stored == {"FullKV": torch.int8, "RingKV": torch.bfloat16}
+        greedy = SamplingParams(temperature=0, max_tokens=8)
+        answer = ids_of(engine.submit(session, PROMPT, greedy))
+        # Read again in one go, it is what one token at a time gave.
+        cache = engine.new_session().cache
+        assert cache.dtype == torch.int8
+        assert session.ids[: len(PROMPT)] == PROMPT and len(answer) == 8
+
+
 def test_the_context_shrinks_to_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     import tiny
 
@@ -445,8 +458,10 @@ def test_the_context_shrinks_to_the_memory(monkeypatch: pytest.MonkeyPatch) -> N
         assert loading.context_limit(config, None, torch.float32) == limit
     monkeypatch.setattr(loading, "available_memory", lambda: 0)
     assert loading.context_limit(config, None, torch.float32) == loading.SMALLEST_CONTEXT
-    with pytest.raises(NotEnoughMemoryError, match="100000 tokens"):
-        loading.context_limit(config, 100_000, torch.float32)
+    for dtype, hint in ((torch.float32, True), (torch.int8, False)):
+        with pytest.raises(NotEnoughMemoryError, match="100000 tokens") as e:
+            loading.context_limit(config, 100_000, dtype)
+        assert ("int8" in e.value.hint) == hint
 
 
 def test_loading_can_be_stopped_and_needs_a_model(checkpoint: Path) -> None:

@@ -244,6 +244,24 @@ def test_the_context_is_32k_where_it_fits_and_a_longer_one_has_its_price() -> No
     assert small.fits and "too much here" in " ".join(small.notes)
 
 
+def test_int8_keys_and_values_leave_room() -> None:
+    """Half the bytes: a longer context unasked, more experts, a faster end of a long context."""
+    small = Budget(ram=11 * GB, disk=500 * GB)
+    short, longer = (plan(REAL, PACK, small, kv_itemsize=n).context for n in (2, 1))
+    assert longer == 2 * short
+    budget = Budget(ram=64 * GB, disk=1000 * GB)
+    wide, narrow = (plan(REAL, PACK, budget, context=262_144, kv_itemsize=n) for n in (2, 1))
+    saved = kv_bytes(REAL, 262_144) - kv_bytes(REAL, 262_144, 1)
+    sizes = [{row.name: row.ram for row in found.table}["KV cache"] for found in (wide, narrow)]
+    assert sizes[0] - sizes[1] == saved and saved / GB == pytest.approx(2.94, abs=0.02)
+    more = narrow.placement.ram_experts - wide.placement.ram_experts
+    assert more == pytest.approx(saved / PACK.expert, abs=1)
+    tight = plan(REAL, PACK, small, context=262_144)
+    assert "kv_dtype = int8" in tight.problems[0].hint
+    coded = plan(REAL, PACK, small, context=262_144, kv_itemsize=1).problems[0]
+    assert "int8" not in coded.hint and coded.missing < tight.problems[0].missing
+
+
 def test_what_this_version_does_not_run_is_marked() -> None:
     budget = Budget(ram=64 * GB, vram=24 * GB, disk=1000 * GB)
     planned, now = (plan(REAL, PACK, budget, gpu_dense=dense) for dense in (True, False))

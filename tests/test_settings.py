@@ -22,7 +22,7 @@ VALUES = {
     "vram": ("0", 0, "12GB", 12 * 10**9, 10**9),
     "prefetch": ('"on"', "on", "off", "off", "auto"),
     "draft": ('"on"', "on", "off", "off", "auto"),
-    "kv_dtype": ('"f32"', "f32", "bf16", "bf16", "auto"),
+    "kv_dtype": ('"f32"', "f32", "int8", "int8", "auto"),
     "window": ("5", 5, "6", 6, 7),
     "preset": ('"code"', "code", "math", "math", "agent"),
     "temperature": ("0", 0.0, "0.5", 0.5, 1.5),

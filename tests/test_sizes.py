@@ -57,19 +57,33 @@ def test_the_kv_cache_of_the_real_model() -> None:
     assert sizes.kv_bytes(REAL, 8192, 4) == 2 * sizes.kv_bytes(REAL, 8192)
 
 
-def test_restart_points_are_what_a_session_holds() -> None:
+def test_int8_halves_full_layers_but_for_the_scales_and_leaves_rings() -> None:
+    rings, tokens = 39 * 5120 * 129, 32_768
+    assert sizes.kv_bytes(REAL, tokens, 1) == 9 * 4 * (192 + 128 + 2 * 4) * tokens + rings
+    assert sizes.restart_bytes(REAL, 1) == sizes.restart_bytes(REAL)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_the_bytes_planned_are_those_a_cache_takes(dtype: torch.dtype) -> None:
+    config, names = shape_config(5, 512, shape="tiny"), {torch.float32: "f32"}
+    itemsize = sizes.KV_ITEMSIZES[names.get(dtype, "bf16" if dtype == torch.bfloat16 else "int8")]
+    assert itemsize == dtype.itemsize
+    cache = KVCache(config, dtype=dtype, capacity_hint=1000)
+    more = sizes.kv_bytes(config, 1000, itemsize) - sizes.kv_bytes(config, 17, itemsize)
+    full = cache.nbytes["full"]
+    assert full * (1000 - 17) == more * 1000
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_restart_points_are_what_a_session_holds(dtype: torch.dtype) -> None:
     config = shape_config(5, 512, shape="tiny")
-    cache = KVCache(config, dtype=torch.bfloat16)
+    cache, itemsize = KVCache(config, dtype=dtype), dtype.itemsize
     cache.length = 17 + sizes.RING_SLACK  # all that a ring keeps
     held = cache.nbytes["swa"] + (sizes.RESTARTS + 1) * cache.snapshot().nbytes
-    rings = sizes.kv_bytes(config, 17) - 17 * cache_row(config)
-    assert rings + sizes.restart_bytes(config) == pytest.approx(held, rel=0.01)
+    row = sizes.kv_bytes(config, 101, itemsize) - sizes.kv_bytes(config, 100, itemsize)
+    rings = sizes.kv_bytes(config, 17, itemsize) - 17 * row
+    assert rings + sizes.restart_bytes(config, itemsize) == pytest.approx(held, rel=0.01)
     assert sizes.restart_bytes(REAL) / 1e6 == pytest.approx(240, abs=5)
-
-
-def cache_row(config: ModelConfig) -> int:
-    """Bytes of one position in the full layers."""
-    return sizes.kv_bytes(config, 101) - sizes.kv_bytes(config, 100)
 
 
 @pytest.mark.parametrize(

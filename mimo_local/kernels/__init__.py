@@ -119,11 +119,7 @@ class Heads(ctypes.Structure):
     """`mimo_heads`."""
 
     _fields_ = (
-        ("heads", _I64),
-        ("kv_heads", _I64),
-        ("dk", _I64),
-        ("dv", _I64),
-        ("window", _I64),
+        *((name, _I64) for name in ("heads", "kv_heads", "dk", "dv", "window")),
         ("sink", _PTR),
         ("kv_type", _I64),
     )
@@ -133,13 +129,8 @@ class Sequence(ctypes.Structure):
     """`mimo_kv`; scales are null where keys and values are floats."""
 
     _fields_ = (
-        ("k", _PTR),
-        ("v", _PTR),
-        ("k_scales", _PTR),
-        ("v_scales", _PTR),
-        ("first", _I64),
-        ("start", _I64),
-        ("T", _I64),
+        *((name, _PTR) for name in ("k", "v", "k_scales", "v_scales")),
+        *((name, _I64) for name in ("first", "start", "T")),
     )
 
 

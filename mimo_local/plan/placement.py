@@ -163,8 +163,9 @@ def problems(
         least = kv_bytes(config, min(found.context, SMALLEST_CONTEXT), found.kv_itemsize)
         if KV in found.ram and kv > least:
             helps.append(f"`--context {SMALLEST_CONTEXT}` (-{gb(kv - least)})")
-        if KV in found.ram and kv > (coded := kv_bytes(config, found.context, 1)):
-            helps.append(f"`kv_dtype = int8` (-{gb(kv - coded)})")
+            if found.kv_itemsize > 1:
+                saved = kv - kv_bytes(config, found.context, 1)
+                helps.append(f"`kv_dtype = int8` (-{gb(saved)})")
         if not any(found.vram.values()):
             helps.append("a GPU")
         lacking.append(
