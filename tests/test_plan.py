@@ -255,7 +255,8 @@ def test_int8_keys_and_values_leave_room() -> None:
     sizes = [{row.name: row.ram for row in found.table}["KV cache"] for found in (wide, narrow)]
     assert sizes[0] - sizes[1] == saved and saved / GB == pytest.approx(2.94, abs=0.02)
     more = narrow.placement.ram_experts - wide.placement.ram_experts
-    assert more == pytest.approx(saved / PACK.expert, abs=1)
+    # An eighth of what is left goes to the hidden states of a document.
+    assert more == pytest.approx(7 / 8 * saved / PACK.expert, abs=1)
     tight = plan(REAL, PACK, small, context=262_144)
     assert "kv_dtype = int8" in tight.problems[0].hint
     coded = plan(REAL, PACK, small, context=262_144, kv_itemsize=1).problems[0]
