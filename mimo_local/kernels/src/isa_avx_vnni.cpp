@@ -36,8 +36,12 @@ MIMO_EMULATED_DOT_BYTES
 #else
 // sum + products of four unsigned and signed bytes in each int32 lane.
 __m256i dot_bytes(__m256i sum, __m256i u, __m256i s) noexcept { return _mm256_dpbusd_avx_epi32(sum, u, s); }
-// sum + products of two signed 16-bit numbers in each int32 lane.
-__m256i dot_words(__m256i sum, __m256i a, __m256i b) noexcept { return _mm256_dpwssd_avx_epi32(sum, a, b); }
+// sum + products of two signed 16-bit numbers in each int32 lane. Written out because gcc 12 copies the sum before and
+// after the intrinsic.
+MIMO_INLINE __m256i dot_words(__m256i sum, __m256i a, __m256i b) noexcept {
+  __asm__("%{vex%} vpdpwssd %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+  return sum;
+}
 #endif
 
 #include "ops_avx2.inc"
