@@ -183,7 +183,7 @@ def text(pack: Path, ids: list[int]) -> dict[str, Any]:
 
 def recall(pack: Path, ids: list[int]) -> dict[str, Any]:
     """How well the first lines of the text are continued when they come a second time."""
-    model, out = model_of(pack), {}
+    model, plain, out = model_of(pack), torch.empty(0), {}
     passage, other = ids[:PASSAGE], ids[PASSAGE:]
     for distance in DISTANCES:
         between = (other * (distance // len(other) + 1))[: distance - PASSAGE]
@@ -194,11 +194,15 @@ def recall(pack: Path, ids: list[int]) -> dict[str, Any]:
             logp = model.logits(model.forward([Segment(rows[-PASSAGE:], cache)])).log_softmax(-1)
             # The first few are needed to tell what is being repeated.
             wanted, logp = rows[-PASSAGE + STARTED :], logp[STARTED - 1 : -1]
-            loss = -logp.gather(1, wanted[:, None]).mean()
+            losses = -logp.gather(1, wanted[:, None])[:, 0]
+            plain = losses if name == "f32" else plain
+            more = losses - plain
             found = {
                 "copied": int((logp.argmax(-1) == wanted).sum()),
                 "of": len(wanted),
-                "perplexity": round(math.exp(float(loss)), 3),
+                "perplexity": round(math.exp(float(losses.mean())), 3),
+                "change": round(math.expm1(float(more.mean())), 5),
+                "standard_error": round(float(more.std()) / len(more) ** 0.5, 5),
             }
             out[f"{distance} {name}"] = found
             print(f"recall over {distance} tokens, {name}: {found}", flush=True)
@@ -216,7 +220,8 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, help="cache folder; default: the user's")
     parser.add_argument("--text", type=Path, default=TEXT)
     args = parser.parse_args()
-    pack = demo_pack(cache_dir=args.cache)
+    packs = {fmt: demo_pack(fmt=fmt, cache_dir=args.cache) for fmt in ("int8", "bf16")}
+    pack = packs["int8"]
     tokenizer, words = Tokenizer.from_dir(pack), args.text.read_text(encoding="utf-8")
     ids = tokenizer.encode(words)
     calls = seen(pack, ids)
@@ -228,10 +233,8 @@ def main() -> None:
         "torch": torch.__version__,
         "machine": platform.machine(),
         "products": products(calls, len(calls) // n_full),
-        "text_perplexity": {
-            fmt: text(demo_pack(fmt=fmt, cache_dir=args.cache), ids) for fmt in ("int8", "bf16")
-        },
-        "recall": recall(pack, ids),
+        "text_perplexity": {fmt: text(one, ids) for fmt, one in packs.items()},
+        "recall": {fmt: recall(one, ids) for fmt, one in packs.items()},
     }
     print(json.dumps(report))
 
