@@ -16,7 +16,7 @@ from mimo_local.history.types import MARKS
 SNIPPET = 72
 """Characters of a snippet."""
 BEFORE = 24
-"""Of these at most before the first match."""
+"""Of these before the first match, where there is more text after it."""
 TITLE = 60
 """Longest title made from a message."""
 
@@ -80,9 +80,10 @@ def snippet(text: str, wanted: re.Pattern[str]) -> str:
     start = max(0, at - 4 * SNIPPET)
     before, after = plain(text[start:at]), plain(text[at : at + 4 * SNIPPET])
     glue = " " if before and text[at - 1 : at].isspace() else ""
-    cut_before = start > 0 or len(before) > BEFORE
-    if len(before) > BEFORE:
-        before = before[-BEFORE:]
+    room = max(BEFORE, SNIPPET - len(after))
+    cut_before = start > 0 or len(before) > room
+    if len(before) > room:
+        before = before[-room:]
         before = before.partition(" ")[2] or before  # begin with a whole word
     line = before + glue + after
     cut_after = len(line) > SNIPPET or at + 4 * SNIPPET < len(text)
