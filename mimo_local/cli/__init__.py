@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from mimo_local import __version__
-from mimo_local.cli import chat, config, machine, packs, plan, replay, summarize, trace
+from mimo_local.cli import chat, config, history, machine, packs, plan, replay, summarize, trace
 from mimo_local.cli.status import say
 from mimo_local.errors import ExitCode, MimoError
 from mimo_local.settings import Paths
@@ -63,6 +63,7 @@ app.command(name="doctor")(machine.doctor)
 app.command(name="bench")(machine.bench)
 app.command(name="trace")(trace.trace)
 app.command(name="replay")(replay.replay)
+app.add_typer(history.app, name="history")
 app.add_typer(config.app, name="config")
 
 

@@ -35,7 +35,7 @@ SELECT rowid FROM (
     SELECT * FROM ({_SCORED} WHERE search MATCH ?1 AND rowid < 0)
     UNION ALL
     SELECT * FROM ({_SCORED} WHERE search MATCH ?1 AND rowid > 0 ORDER BY rowid DESC LIMIT {NEWEST})
-) ORDER BY score, rowid DESC LIMIT ?2"""
+) ORDER BY score, abs(rowid) DESC LIMIT ?2"""
 
 
 class History:
