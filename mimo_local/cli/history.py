@@ -209,7 +209,8 @@ def rm(chats: Identities, yes: Yes = False, json: JsonOption = False) -> int:
             if not sys.stdin.isatty():
                 raise UsageError("removing asks first", hint="`--yes` removes without asking")
             what = "this chat" if len(found) == 1 else f"these {len(found)} chats"
-            if not typer.confirm(f"remove {what} for good?", err=True):
+            print(f"remove {what} for good? [y/N] ", end="", file=sys.stderr, flush=True)
+            if sys.stdin.readline().strip().lower() not in ("y", "yes"):
                 say("nothing was removed")
                 return ExitCode.FAILED
         for info in found:
