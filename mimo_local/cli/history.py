@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json as jsonlib
 import re
-import shutil
 import sys
 from dataclasses import asdict
 from datetime import datetime
@@ -294,20 +293,10 @@ def escaped(text: str) -> str:
 
 
 def fit(line: str) -> str:
-    """A line cut to the terminal, where a Chinese character takes two places."""
-    from rich.cells import cell_len
+    """A line cut to the terminal."""
+    from mimo_local.cli.tables import fit as cut
 
-    room = max(20, shutil.get_terminal_size().columns)
-    if cell_len(line.translate({2: None, 3: None})) <= room:
-        return line.rstrip()
-    kept, used = "", 1  # the sign of the cut
-    for char in line:
-        used += 0 if char in "\x02\x03" else cell_len(char)
-        if used > room:
-            break
-        kept += char
-    kept += "\x03" * (kept.count("\x02") - kept.count("\x03"))  # a match that is cut ends here
-    return kept.rstrip() + "…"
+    return cut(line)
 
 
 def marked(line: str) -> str:
