@@ -498,6 +498,25 @@ def test_a_read_only_folder_is_a_clear_error(tmp_path: Path) -> None:
         tmp_path.chmod(0o700)
 
 
+def test_a_folder_that_may_not_be_written_is_a_clear_error(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> int:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(schema.os, "open", refuse)
+    with pytest.raises(HistoryError, match="Permission denied") as caught:
+        History.open(path)
+    assert "permissions" in caught.value.hint
+
+
+def test_an_sqlite_too_old_is_a_clear_error(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 31, 1))
+    with pytest.raises(HistoryError, match=r"need 3\.35"):
+        History.open(path)
+    assert not path.exists()
+
+
 def test_a_read_only_database_is_a_clear_error(history: History) -> None:
     chat = history.new_chat()
     history._db.execute("PRAGMA query_only = ON")
@@ -728,14 +747,15 @@ def test_a_chatgpt_export_keeps_its_branches(history: History) -> None:
     (chat,) = history.import_chats([chatgpt()])
     info = history.chat(chat)
     assert (info.title, info.created, info.updated) == ("Old chat", 1700000000.0, 1700000100.0)
-    assert (info.n_messages, info.n_branches) == (5, 2)
+    assert (info.n_messages, info.n_branches) == (4, 2)
     branch = history.messages(chat)
     assert [(s.message.role, s.message.content, s.message.reasoning) for s in branch] == [
         ("user", "question", ""),
-        ("assistant", "", "hm"),
-        ("assistant", "second", ""),
+        ("assistant", "second", "hm"),
     ]
-    assert branch[2].model == "gpt-x" and branch[2].created == 1700000000.5
+    assert branch[1].model == "gpt-x" and branch[1].created == 1700000000.5
+    other = next(s for s in history.all_messages(chat) if s.message.content == "first")
+    assert other.message.reasoning == "hm", "what was thought before both"
     assert [hit.snippet for hit in history.search("see")] == ["[image] \x02see\x03"]
     assert history.search("secret") == []
 
@@ -748,7 +768,7 @@ def test_a_very_deep_chatgpt_export(history: History) -> None:
     data["mapping"] = dict(reversed(mapping.items()))
     data["current_node"] = "n4999"
     (chat,) = history.import_chats(data)
-    assert len(texts(history, chat)) == 5003
+    assert len(texts(history, chat)) == 5002
     history.remove(chat)
 
 

@@ -207,7 +207,8 @@ class History:
             )
         leaf = ids[chat.leaf] if ids else None
         db.execute(
-            "UPDATE chats SET turn = turn + 1, leaf = ?, updated = ?, model = ? WHERE id = ?",
+            "UPDATE chats SET turn = turn + 1, leaf = ?1, updated = ?2,"
+            " model = iif(?3 = '', model, ?3) WHERE id = ?4",
             (leaf, chat.updated, clean(chat.model), new),
         )
         db.execute(
@@ -276,7 +277,7 @@ class History:
         query, wanted = words.match(text), words.pattern(text)
         if not text.strip():
             return []
-        with self._read() as db:
+        with self._snapshot() as db:
             if query:
                 rows = db.execute(_SEARCH, (query, limit)).fetchall()
             else:  # nothing but punctuation: not in the index
@@ -321,12 +322,12 @@ class History:
             yield self._db
 
     @contextmanager
-    def _snapshot(self) -> Iterator[None]:
+    def _snapshot(self) -> Iterator[sqlite3.Connection]:
         """Several readings of one state, whatever another process writes meanwhile."""
         with self._read() as db:
             db.execute("BEGIN")
             try:
-                yield
+                yield db
             finally:
                 with suppress(sqlite3.Error):
                     db.execute("ROLLBACK")
