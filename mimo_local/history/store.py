@@ -26,7 +26,7 @@ TITLE_WEIGHT = 8.0
 """A word in a title counts as much as eight in a message."""
 
 
-NEWEST = 4000
+NEWEST = 2000
 """Messages that are ranked, of those that match: for a word that stands in nearly every message,
 ranking 20,000 takes 20 ms, and the user is still typing."""
 _SCORED = f"SELECT rowid, bm25(search, {TITLE_WEIGHT}, 1.0) AS score FROM search"
