@@ -277,7 +277,7 @@ def test_the_list_fits_and_names_what_is_broken(
         assert cli.main(["run", "--list"]) == 0
         out, err = capsys.readouterr()
         assert max(map(cell_len, out.splitlines())) <= 80
-        assert "haiku        -      Three[2J lines (yours)\n" in out
+        assert "haiku        -      yours: Three[2J lines\n" in out
         assert "broken" not in out and "broken.toml, line 2: there is no `promt`" in err
         assert ("论文" in out) == (locale != "C")
         assert str(Paths.default().recipes_dir) in err

@@ -280,6 +280,10 @@ def library(history: History) -> History:
         ("cat", "concatenate two \x02cats\x03"),
         ("naive", "The \x02naïve\x03 approach fails in C++ and f(x) -> y"),
         ("->", "The naïve approach fails in C++ and f(x) \x02->\x03 y"),
+        ("f(x)", "The naïve approach fails in C++ and \x02f(x\x03) -> y"),
+        ("C++ ->", "The naïve approach fails in \x02C\x03++ and f(x) -> y"),
+        ("concatenate ", "\x02concatenate\x03 two cats"),
+        ("nai\u0308ve", "The \x02naïve\x03 approach fails in C++ and f(x) -> y"),
         ("zurich", "\x02Zürich\x03 café"),
         ("CAFE", "Zürich \x02café\x03"),
         ("日本語", "ภาษาไทย \x02日本語\x03のテスト 한국어시험"),
@@ -292,7 +296,7 @@ def test_words_are_found_and_marked(library: History, query: str, snippet: str) 
 
 
 @pytest.mark.parametrize(
-    "query", ["", "  ", "同合", "clau payment", "dog", "cats dog", "\x00", "\ud800"]
+    "query", ["", "  ", "同合", "clau payment", "dog", "cats dog", "x(f", "conc ", "\x00", "\ud800"]
 )
 def test_what_is_not_there_is_not_found(library: History, query: str) -> None:
     assert library.search(query) == []
@@ -341,9 +345,17 @@ def test_any_text_is_stored_and_any_part_of_it_searched(
     message = history.add(chat, user(text), parent=None)
     assert texts(history, chat) == [text.encode("utf-8", "replace").decode()]
     history.search(query)
-    tokens = words.words(text)
-    if tokens and text.isascii():
-        assert message in found(history.search(tokens[-1], limit=10**6))
+    chunks = words.chunks(text)
+    if chunks and text.isascii():
+        assert message in found(history.search(chunks[-1], limit=10**6))
+
+
+def test_text_with_its_accents_apart_is_found_and_marked(history: History) -> None:
+    chat = history.new_chat(title="x")
+    history.add(chat, user("two cafe\u0301s हिन्दी भाषा"), parent=None)
+    assert [hit.snippet for hit in history.search("cafes")] == ["two \x02cafés\x03 हिन्दी भाषा"]
+    assert [hit.snippet for hit in history.search("caf\u00e9")] == ["two \x02cafés\x03 हिन्दी भाषा"]
+    assert len(history.search("हिन्दी")) == 1 and not history.search("भिन्दी")
 
 
 def test_names_of_documents_are_found_and_their_text_is_not(history: History) -> None:

@@ -29,10 +29,10 @@ def list_(shelf: Shelf, locale: str, *, json: bool) -> int:
         width = max(len(recipe.name) for recipe in found)
         for recipe in found:
             text = recipe.texts[choose_language(recipe, None, locale)]
-            own = " (yours)" if shelf.is_own(recipe) else ""
+            own = "yours: " if shelf.is_own(recipe) else ""
             spoken = " ".join(recipe.languages) or "-"
             about = " ".join(visible(text.description).split())
-            print(fit(f"{recipe.name:<{width}}  {spoken:<5}  {about}{own}"))
+            print(fit(f"{recipe.name:<{width}}  {spoken:<5}  {own}{about}"))
         say(f"\n`mimo run NAME --show` prints one; yours go into {shelf.folder}")
     for error in wrong:
         say(f"left out: {error.message}\nhint: {error.hint}")

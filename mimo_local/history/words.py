@@ -44,36 +44,49 @@ def plain(text: str) -> str:
     return " ".join(_CONTROL.sub(" ", text).split())
 
 
-def words(query: str) -> list[str]:
-    """The words of a query as the index knows them; a run of Chinese is one."""
-    return _WORD.findall(query)
+def chunks(query: str) -> list[str]:
+    """What stands between the blanks of a query, as far as there are letters or digits in it."""
+    # One form of an accented letter: the index knows no accents that stand alone.
+    text = unicodedata.normalize("NFC", _CONTROL.sub(" ", query))
+    return [chunk for chunk in text.split() if _WORD.search(chunk)]
 
 
 def match(query: str) -> str:
-    """The FTS5 expression that finds all words of a query, the last one also as a beginning.
+    """The FTS5 expression that finds all words of a query, what it ends with also as a beginning.
 
-    Every word is quoted: nothing a person types is syntax. Empty if there is no word in it.
+    Each chunk is quoted: nothing a person types is syntax, and `f(x)` or a run of Chinese must
+    stand there in this order. Empty if there is no word in the query.
     """
-    found = [f'"{spaced(word).strip()}"' for word in words(query)]
-    return " AND ".join(found) + "*" if found else ""
+    found = [f'"{spaced(chunk.replace(chr(34), " ")).strip()}"' for chunk in chunks(query)]
+    return " AND ".join(found) + ("*" if _begins(query) else "")
+
+
+def _begins(query: str) -> bool:
+    """Whether the last word may be the beginning of one: not in `C++`, and not before a sign."""
+    return _WORD.match(query[-1:]) is not None
 
 
 def pattern(query: str) -> re.Pattern[str]:
     """Finds in folded text what `match` finds; without words, the query itself."""
-    found = words(_folded(query))
+    found = chunks(query)
     if not found:
         return re.compile(re.escape(query.strip()))
     parts = []
-    for i, word in enumerate(found):
-        alone = _ALONE.match(word) is not None
-        end = "" if alone else r"[^\W_]*" if i == len(found) - 1 else r"(?![^\W_])"
-        parts.append(("" if alone else r"(?<![^\W_])") + re.escape(word) + end)
+    for i, chunk in enumerate(found):
+        tokens = _WORD.findall(_folded(chunk))
+        first, last = (_ALONE.match(token) is not None for token in (tokens[0], tokens[-1]))
+        begins = i == len(found) - 1 and _begins(query)
+        end = "" if last else r"[^\W_]*" if begins else r"(?![^\W_])"
+        body = r"[\W_]*".join(map(re.escape, tokens))
+        parts.append(("" if first else r"(?<![^\W_])") + body + end)
     # The longest first: `can` must not hide `canary`.
     return re.compile("|".join(sorted(parts, key=len, reverse=True)))
 
 
 def snippet(text: str, wanted: re.Pattern[str]) -> str:
     """One line of the text around its first match, every match in it between MARKS."""
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", text)
     first = wanted.search(_folded(text))
     at = first.start() if first else 0
     # Only the part that can be shown is cleaned: a document may have megabytes.
