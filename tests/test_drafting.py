@@ -256,6 +256,31 @@ def test_a_chat_that_goes_on_back_and_over_is_the_same(small: Tiny) -> None:
         engine.close()
 
 
+def test_several_at_once_get_what_each_gets_alone_without_drafts(small: Tiny) -> None:
+    """Drafts are verified while one writes alone: in company, and alone again, the same ids."""
+    dice = random.Random(4)
+    asked = [
+        (dice.choices(range(24), k=n), SamplingParams(temperature=0.9, seed=n, max_tokens=most))
+        for n, most in ((30, 60), (9, 12), (300, 40), (50, 5))
+    ]
+    with Engine(small.model, name="tiny", description="", context_limit=600) as engine:
+        alone = [list(engine.submit(None, ids, params)) for ids, params in asked]
+    both = drafting(small.drafter, 2)
+    with Engine(
+        small.model, name="tiny", description="", context_limit=600,
+        new_cache=small.cache, drafting=both,
+    ) as engine:  # fmt: skip
+        streams = [engine.submit(None, ids, params) for ids, params in asked]
+        company = [list(stream) for stream in streams]
+    for one, other in zip(alone, company, strict=True):
+        assert [e.id for e in one if isinstance(e, Token)] == [
+            e.id for e in other if isinstance(e, Token)
+        ]
+    ends = [events[-1] for events in company]
+    drafted = [e.stats.draft.drafted for e in ends if isinstance(e, Done) and e.stats.draft]
+    assert sum(drafted) > 20  # the longest answer went on when the others were over
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
