@@ -91,6 +91,13 @@ def test_list_is_a_table_that_fits(chats: list[int], capsys: pytest.CaptureFixtu
     assert max(map(cell_len, out.splitlines())) <= 80
 
 
+def test_without_a_command_it_lists(chats: list[int], capsys: pytest.CaptureFixture[str]) -> None:
+    run("list")
+    listed = capsys.readouterr()
+    run()
+    assert capsys.readouterr() == listed
+
+
 def test_list_says_when_there_is_more_or_nothing(
     capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
 ) -> None:

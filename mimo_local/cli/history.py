@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help="List, find, show, export, import and remove saved chats.",
     rich_markup_mode=None,
-    no_args_is_help=True,
 )
 BOLD, DIM, PLAIN = "\x1b[1m", "\x1b[2m", "\x1b[0m"
 MOST_BYTES = 1 << 30
@@ -35,7 +34,7 @@ MOST_BYTES = 1 << 30
 
 Identity = Annotated[int, typer.Argument(help="number of the chat, as in `list`", metavar="ID")]
 Identities = Annotated[
-    list[int], typer.Argument(help="numbers of chats, as in `list`", metavar="ID...")
+    list[int], typer.Argument(help="numbers of chats, as in `list`", metavar="ID")
 ]
 Limit = Annotated[int, typer.Option("-n", "--limit", help="at most so many", min=1, metavar="N")]
 Output = Annotated[
@@ -44,9 +43,11 @@ Output = Annotated[
 Yes = Annotated[bool, typer.Option("-y", "--yes", help="do not ask")]
 
 
-@app.callback()
-def group() -> None:
-    """List, find, show, export, import and remove saved chats."""
+@app.callback(invoke_without_command=True)
+def group(context: typer.Context) -> None:
+    """List, find, show, export, import and remove saved chats; without a command: list them."""
+    if context.invoked_subcommand is None:
+        list_()
 
 
 @app.command(name="list")
@@ -126,7 +127,7 @@ def show(
 @app.command()
 def export(
     chats: Annotated[
-        list[int] | None, typer.Argument(help="numbers of chats, as in `list`", metavar="[ID...]")
+        list[int] | None, typer.Argument(help="numbers of chats, as in `list`", metavar="ID")
     ] = None,
     every: Annotated[bool, typer.Option("--all", help="every chat")] = False,
     output: Output = None,
