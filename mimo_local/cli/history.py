@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mimo_local.history import ChatInfo, History, Hit, Stored
 
 app = typer.Typer(
-    help="List, find, show, export, import and remove saved chats.",
+    help="List, find, show, export, import and remove saved chats; alone it lists them.",
     rich_markup_mode=None,
 )
 BOLD, DIM, PLAIN = "\x1b[1m", "\x1b[2m", "\x1b[0m"
@@ -45,7 +45,7 @@ Yes = Annotated[bool, typer.Option("-y", "--yes", help="do not ask")]
 
 @app.callback(invoke_without_command=True)
 def group(context: typer.Context) -> None:
-    """List, find, show, export, import and remove saved chats; without a command: list them."""
+    """List, find, show, export, import and remove saved chats; alone it lists them."""
     if context.invoked_subcommand is None:
         list_()
 
