@@ -1,0 +1,448 @@
+"""`Remote`: asks a server, and gives a local engine's events back.
+
+One daemon thread runs an event loop with the connections; a request is a task on it, so that a
+cancel closes its connection at once, before the first byte as well. Knows HTTP; what is sent and
+what comes back is `requests`', `answers`' and `sse`'s affair. Called by chat, summarize, cli, tui.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from mimo_local import __version__
+from mimo_local.errors import MimoError, RemoteError, UsageError
+from mimo_local.events import Done, Event, Failed, Prefill, Progress, Token
+from mimo_local.remote import failures, requests
+from mimo_local.remote.answers import Reading
+from mimo_local.remote.counting import RemoteTokenizer, ids_of
+from mimo_local.remote.sse import EventStream
+from mimo_local.stream import Stream
+
+if TYPE_CHECKING:
+    import httpx2
+
+    from mimo_local.sampler import SamplingParams
+    from mimo_local.settings import Settings
+
+T = TypeVar("T")
+KEY: Final = "MIMO_REMOTE_KEY"
+CONNECT_S, SILENCE_S, SMALL_S = 10.0, 900.0, 15.0
+"""To connect; between two bytes of an answer (a long prompt is read in silence); for all else."""
+PAUSES_S: Final = (0.5, 2.0, 5.0)
+"""Before asking again, while nothing has come; a Retry-After of up to LONGEST_PAUSE_S wins."""
+LONGEST_PAUSE_S: Final = 30.0
+CONTEXT: Final = 32_768
+"""Assumed where neither server nor settings say it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """Where to ask, and how."""
+
+    address: str
+    key: str = ""
+    pauses: tuple[float, ...] = PAUSES_S
+    silence_s: float = SILENCE_S
+
+    @property
+    def base(self) -> str:
+        """Where the API is."""
+        return requests.base(self.address)
+
+
+class Remote:
+    """A model somewhere else. Close it, or use it as a context manager."""
+
+    kernel = ""
+
+    def __init__(self, server: Server) -> None:
+        """Without a model yet: `open` is the way to a usable one."""
+        self.url = server.address
+        self.name, self.context_limit = "", CONTEXT
+        self.description = ""
+        self.tokenizer = RemoteTokenizer(None)
+        self._server = server
+        self._notes: deque[str] = deque(maxlen=50)
+        self._without: frozenset[str] = frozenset()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._closed = False
+        self._loop = asyncio.new_event_loop()
+        self._client = _client(server)
+        self._thread = threading.Thread(target=self._run, name="mimo-remote", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def open(
+        cls,
+        settings: Settings,
+        on_event: Callable[[Progress], None] | None = None,
+        *,
+        env: Mapping[str, str] = os.environ,
+        pauses: tuple[float, ...] = PAUSES_S,
+    ) -> Remote:
+        """Connect to `settings.remote`, find its model, its context and its way to count."""
+        if not settings.remote:
+            raise UsageError("no server is named", hint="--remote http://10.0.0.5:8000")
+        remote = cls(Server(settings.remote, env.get(KEY, "").strip(), pauses))
+        try:
+            if on_event is not None:
+                on_event(Progress(f"asking {remote.url}", 0, 0, "models"))
+            remote._wait(remote._introduce(settings))
+        except BaseException:
+            remote.close()
+            raise
+        return remote
+
+    @property
+    def privacy(self) -> str:
+        """What the user must know before the first word."""
+        return f"what you write and attach is sent to {self.url}"
+
+    @property
+    def counts_exactly(self) -> bool:
+        """Whether the server counts tokens; else they are estimated."""
+        return self.tokenizer.exact
+
+    def take_notes(self) -> list[str]:
+        """What the user should hear since the last call: odd ends, fields the server refused."""
+        found = []
+        while self._notes:
+            found.append(self._notes.popleft())
+        return found
+
+    def new_session(self) -> None:
+        """The server keeps its own cache."""
+
+    def submit(self, *_: object, **__: object) -> Stream:
+        """Ids mean nothing to a server: UsageError."""
+        raise UsageError(
+            "a remote model takes messages, not token ids", hint="use submit_messages"
+        )
+
+    def submit_messages(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        params: SamplingParams,
+        *,
+        thinking: bool = False,
+        tools: Sequence[Mapping[str, Any]] = (),
+        stop: Sequence[str] = (),
+    ) -> Stream:
+        """Ask for the answer to `messages`, in OpenAI's form; the events of a local engine.
+
+        Several run at once. Errors come as `Failed`; UsageError only when it is closed.
+        """
+        if self._closed:
+            raise UsageError("the connection is closed", hint="open it again")
+        asked = _Asked(list(messages), params, thinking, tuple(tools), tuple(stop))
+        request: list[asyncio.Task[None]] = []
+        stream = Stream(params.seed or 0, lambda _: self._soon(lambda: _cancel(request)))
+        self._soon(lambda: self._begin(asked, stream, request))
+        return stream
+
+    def experts_now(self) -> None:
+        """Nothing is known of a server's experts."""
+
+    def close(self) -> None:
+        """Cancel everything, close the connections and end the thread."""
+        if self._closed:
+            return
+        self._closed = True
+        if threading.current_thread() is not self._thread:
+            asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+
+    def __enter__(self) -> Remote:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ---- any thread ------------------------------------------------------------------------------
+
+    def _soon(self, call: Callable[[], object]) -> None:
+        """On the loop's thread; too late is no error."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(call)
+
+    def _wait(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    def _count(self, request: dict[str, Any]) -> Any:
+        """Ask `/tokenize`, from any thread; what fails is an estimate then, said once."""
+        try:
+            return self._wait(self._small("POST", f"{requests.root(self.url)}/tokenize", request))
+        except MimoError as error:
+            note = f"tokens are estimated for now: {error.message}"
+            if note not in self._notes:
+                self._notes.append(note)
+            return None
+
+    # ---- the loop's thread -----------------------------------------------------------------------
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_forever()
+
+    async def _end(self) -> None:
+        for task in tuple(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._client.aclose()
+
+    def _begin(
+        self, asked: _Asked, stream: Stream, request: list[asyncio.Task[None]]
+    ) -> None:
+        prompt = sum(len(str(m.get("content") or "")) for m in asked.messages) // 4
+        reading = Reading(
+            thinking=asked.thinking,
+            prompt_tokens=prompt,
+            context_limit=self.context_limit,
+            where=self.url,
+        )
+        task = self._loop.create_task(self._answer(asked, stream, reading))
+        self._tasks.add(task)
+        request.append(task)
+
+        def ended(task: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            if task.cancelled():
+                # What was made is kept; a task that never began ends here, too.
+                for event in reading.done(cancelled=True):
+                    stream.put(event)
+            self._notes.extend(reading.notes)
+
+        task.add_done_callback(ended)
+        if stream.cancelled.is_set():
+            task.cancel()
+
+    async def _introduce(self, settings: Settings) -> None:
+        """Learn what there is: the model, its context, whether tokens are counted."""
+        try:
+            listed = await self._small("GET", f"{self._server.base}/models")
+        except UsageError:
+            if not settings.remote_model:
+                raise
+            listed = {}  # a gateway without a list, but the model is named
+        self.name, told = requests.choose(listed, settings.remote_model, self.url)
+        self.context_limit = min(settings.context or told or CONTEXT, told or 1 << 62)
+        try:
+            probe = {"model": self.name, "prompt": "a b", "content": "a b"}
+            found = await self._small("POST", f"{requests.root(self.url)}/tokenize", probe, tries=0)
+        except MimoError:
+            found = None
+        if ids_of(found) is not None:
+            self.tokenizer = RemoteTokenizer(
+                lambda request: self._count({"model": self.name, **request})
+            )
+        assumed = "" if told or settings.context else " (assumed: set `context`)"
+        counted = "counted by the server" if self.counts_exactly else "estimated"
+        self.description = (
+            f"{self.name} at {self.url} (remote): context {self.context_limit:,} tokens{assumed}, "
+            f"tokens {counted}"
+        )
+        if self._server.key and self.url.startswith("http:"):
+            if not requests.is_loopback(self.url):
+                self._notes.append(f"the key is sent to {self.url} without encryption")
+
+    async def _small(
+        self, method: str, url: str, json: Any = None, *, tries: int | None = None
+    ) -> Any:
+        """A request with a short answer, parsed."""
+        try:
+            async with asyncio.timeout(SMALL_S * (1 + len(self._server.pauses))):
+                async with self._sent(method, url, json, tries, timeout=SMALL_S) as response:
+                    data = failures.parsed(await response.aread())
+        except TimeoutError:
+            raise RemoteError(
+                f"{self.url} takes too long to say what it has",
+                hint="is the server still starting?",
+            ) from None
+        except Exception as error:
+            raise failures.of_exception(error, self.url, begun=False) from error
+        if not isinstance(data, dict):
+            raise UsageError(
+                f"{self.url} is no OpenAI-compatible server: it sent {failures.shown(str(data), 80)}",
+                hint="the address usually ends in /v1 or in nothing",
+            )
+        return data
+
+    async def _answer(self, asked: _Asked, stream: Stream, reading: Reading) -> None:
+        begun = False
+        try:
+            async for event in self._events(asked, reading):
+                begun = begun or isinstance(event, Token)
+                stream.put(event)
+            for last in reading.done():
+                stream.put(last)
+        except Exception as error:
+            # Whatever happened, the request must end: someone waits for it.
+            stream.put(Failed(failures.of_exception(error, self.url, begun=begun)))
+
+    async def _events(self, asked: _Asked, reading: Reading) -> AsyncIterator[Event]:
+        url = f"{self._server.base}/chat/completions"
+        yield Prefill(0, max(1, reading.prompt_tokens))
+        while True:
+            body = asked.body(self.name, self._without)
+            try:
+                async with self._sent("POST", url, body, None) as response:
+                    async for event in self._read(response, reading):
+                        yield event
+                return
+            except _Refused as refused:
+                # Asked again without what it does not know; said, because it changes the answer.
+                self._without |= refused.fields
+                names = ", ".join(sorted(refused.fields))
+                self._notes.append(f"{self.url} does not know {names}: asked without")
+
+    async def _read(self, response: httpx2.Response, reading: Reading) -> AsyncIterator[Event]:
+        kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind == "application/json":  # it does not stream
+            body = failures.parsed(await response.aread())
+            if isinstance(body, dict) and (body.get("choices") or body.get("error")):
+                for event in reading.chunk(body):
+                    yield event
+                reading.finished = True
+                return
+        if kind != "text/event-stream":
+            raise RemoteError(
+                f"{self.url} sent {kind or 'something unnamed'} instead of an answer",
+                hint="the address must be that of an OpenAI-compatible server",
+            )
+        stream = EventStream()
+        async for received in response.aiter_bytes():
+            try:
+                sent = stream.push(received)
+            except ValueError as error:
+                raise RemoteError(
+                    f"{self.url} sent {error}", hint="is it an OpenAI-compatible server?"
+                ) from error
+            for one in sent:
+                read = reading.comment if one.kind == "comment" else reading.data
+                for event in read(one.text):
+                    yield event
+        if not reading.finished:
+            raise RemoteError(
+                f"{self.url} broke off the answer", hint="ask again; the server's log says more"
+            )
+
+    @asynccontextmanager
+    async def _sent(
+        self, method: str, url: str, json: Any, tries: int | None, *, timeout: float | None = None
+    ) -> AsyncIterator[httpx2.Response]:
+        """A response that is a 200, asked for again while the server is busy or not there yet."""
+        import httpx2
+
+        pauses = list(self._server.pauses if tries is None else self._server.pauses[:tries])
+        while True:
+            request = self._client.build_request(method, url, json=json)
+            if timeout is not None:
+                request.extensions["timeout"] = httpx2.Timeout(timeout).as_dict()
+            try:
+                response = await self._client.send(request, stream=True)
+            except (httpx2.ConnectError, httpx2.ConnectTimeout):
+                if not pauses:
+                    raise
+                await asyncio.sleep(pauses.pop(0))
+                continue
+            try:
+                if response.status_code == 200:
+                    yield response
+                    return
+                pause = await self._refusal(response, json, pauses)
+            finally:
+                await response.aclose()
+            await asyncio.sleep(pause)
+
+    async def _refusal(
+        self, response: httpx2.Response, json: Any, pauses: list[float]
+    ) -> float:
+        """How long to wait before asking again; raises if that is no use."""
+        status = response.status_code
+        body = failures.parsed((await response.aread())[:100_000])
+        wait = failures.retry_after(response.headers.get("retry-after"))
+        if status in failures.AGAIN and pauses and (wait or 0) <= LONGEST_PAUSE_S:
+            pause = pauses.pop(0)
+            return pause if wait is None else wait
+        if status in (400, 422) and isinstance(json, dict):
+            said = str(body)
+            fields = frozenset(n for n in requests.EXTRAS if n in json and n in said)
+            if fields:
+                raise _Refused(fields)
+        raise failures.of_status(
+            status,
+            body,
+            self.url,
+            key=self._server.key,
+            model=self.name,
+            wait=wait,
+            to=response.headers.get("location", ""),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    messages: list[Mapping[str, Any]]
+    params: SamplingParams
+    thinking: bool
+    tools: tuple[Mapping[str, Any], ...]
+    stop: tuple[str, ...]
+
+    def body(self, model: str, without: frozenset[str]) -> dict[str, Any]:
+        return requests.body(
+            model,
+            self.messages,
+            self.params,
+            thinking=self.thinking,
+            tools=self.tools,
+            stop=self.stop,
+            without=without,
+        )
+
+
+class _Refused(Exception):
+    """The server does not know these fields."""
+
+    def __init__(self, fields: frozenset[str]) -> None:
+        super().__init__(", ".join(fields))
+        self.fields = fields
+
+
+def _cancel(request: list[asyncio.Task[None]]) -> None:
+    for task in request:
+        task.cancel()
+
+
+def _client(server: Server) -> httpx2.AsyncClient:
+    """Certificates are verified, redirects are not followed.
+
+    Proxies of the environment (HTTPS_PROXY, NO_PROXY) count, but not for this machine itself.
+    Keep-alive probes notice a server that vanished while nothing was sent.
+    """
+    import httpx2
+
+    headers = {"User-Agent": f"mimo-local/{__version__}"}
+    if server.key:
+        headers["Authorization"] = f"Bearer {server.key}"
+    options: list[tuple[int, int, int]] = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
+    for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
+        if hasattr(socket, name):  # Linux
+            options.append((socket.IPPROTO_TCP, getattr(socket, name), value))
+    proxied = not requests.is_loopback(server.address)
+    return httpx2.AsyncClient(
+        headers=headers,
+        timeout=httpx2.Timeout(CONNECT_S, read=server.silence_s, write=60.0, pool=None),
+        follow_redirects=False,
+        trust_env=proxied,
+        transport=httpx2.AsyncHTTPTransport(socket_options=options),
+    )
