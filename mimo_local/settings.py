@@ -55,6 +55,11 @@ class Paths:
         """Where `mimo quantize` puts packs that are given a name only."""
         return self.data_dir / "packs"
 
+    @property
+    def history_file(self) -> Path:
+        """The saved chats; may not exist."""
+        return self.data_dir / "history.db"
+
     def first_pack(self) -> Path | None:
         """The first finished pack in `packs_dir` by name, or None."""
         if not self.packs_dir.is_dir():

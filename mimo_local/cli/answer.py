@@ -180,9 +180,16 @@ def ask(
                     raise event.error
     status.clear()
     screen.end()
-    for note in notes(found, look, params):
+    for note in (*notes(found, look, params), *engine_notes(engine)):
         say(note)
     return found
+
+
+def engine_notes(engine: Backend) -> list[str]:
+    """What a server did that was not asked for."""
+    from mimo_local.remote import Remote
+
+    return engine.take_notes() if isinstance(engine, Remote) else []
 
 
 @contextmanager

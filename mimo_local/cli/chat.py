@@ -134,9 +134,7 @@ def window(
     return run(chosen, defaults(chosen, stop, number))
 
 
-def defaults(
-    settings: Settings, stop: tuple[str, ...], chat_id: int | None = None
-) -> ChatDefaults:
+def defaults(settings: Settings, stop: tuple[str, ...], chat_id: int | None = None) -> ChatDefaults:
     """What a new chat of the window starts with."""
     from mimo_local.cli.answer import overrides
     from tui.bridge import ChatDefaults

@@ -134,9 +134,7 @@ class Keeper:
         """Where a message is saved. By identity: the same words may be said twice."""
         return next((row for found, row in reversed(self._rows) if found is message), None)
 
-    def _add(
-        self, history: History, chat: Chat, model: str, stats: Stats | None = None
-    ) -> None:
+    def _add(self, history: History, chat: Chat, model: str, stats: Stats | None = None) -> None:
         options = (chat.system, chat.preset, chat.thinking)
         if self._id is None:
             self._id = history.new_chat(

@@ -109,7 +109,7 @@ def open_backend(settings: Settings) -> Backend:
 
     status = Status()
     try:
-        remote = Remote.open(settings, on_event=status, on_note=say)
+        remote = Remote.open(settings, status)
     finally:
         status.clear()
     say(remote.description)

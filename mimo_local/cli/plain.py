@@ -101,7 +101,7 @@ class PlainChat:
     # ---- asking ----------------------------------------------------------------------------------
 
     def _ask(self, message: Message, before: list[Message]) -> bool:
-        """Append the prompt and answer it. If there is no answer, the chat is as it was `before`."""
+        """Append the prompt and answer it; without an answer the chat is as it was `before`."""
         self._failed = None
         self.chat.messages.append(message)
         self.keeper.prompt(self.chat)

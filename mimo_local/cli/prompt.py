@@ -74,9 +74,7 @@ def unquoted(text: str) -> str:
 def is_open(text: str) -> bool:
     """Whether a triple quote at the beginning has not been closed yet."""
     text = text.strip()
-    return text.startswith(QUOTE) and not (
-        len(text) >= 2 * len(QUOTE) and text.endswith(QUOTE)
-    )
+    return text.startswith(QUOTE) and not (len(text) >= 2 * len(QUOTE) and text.endswith(QUOTE))
 
 
 class LineReader:
@@ -213,6 +211,7 @@ def history(path: Path | None) -> History:
 
     if path is None:
         return InMemoryHistory()
+    file = path
 
     class Prompts(FileHistory):
         broken = False
@@ -228,15 +227,15 @@ def history(path: Path | None) -> History:
             if self.broken:
                 return None
             try:
-                secure(path)
+                secure(file)
                 return work()
             except OSError as error:
                 self.broken = True
-                say(f"prompts are not kept: {path}: {error.strerror}")
+                say(f"prompts are not kept: {file}: {error.strerror}")
                 return None
 
-    found = Prompts(str(path))
-    found._try(lambda: trim(path))
+    found = Prompts(str(file))
+    found._try(lambda: trim(file))
     return found
 
 

@@ -125,7 +125,7 @@ class Reading:
     # ---- details ---------------------------------------------------------------------------------
 
     def _read(self, done: int, total: int) -> Iterator[Prefill]:
-        if not 0 < total or not 0 <= done <= total:
+        if not total > 0 or not 0 <= done <= total:
             return
         before, then = self._progress
         now = self._clock()

@@ -1,28 +1,27 @@
 """`Remote`: asks a server, and gives a local engine's events back.
 
 One daemon thread runs an event loop with the connections; a request is a task on it, so that a
-cancel closes its connection at once, before the first byte as well. Knows HTTP; what is sent and
-what comes back is `requests`', `answers`' and `sse`'s affair. Called by chat, summarize, cli, tui.
+cancel closes its connection at once, before the first byte as well. What is sent, how, and what
+comes back is the affair of `requests`, `connection`, `answers` and `sse`. Called by chat, summarize,
+cli and tui.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-import socket
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from mimo_local import __version__
 from mimo_local.errors import MimoError, RemoteError, UsageError
-from mimo_local.events import Done, Event, Failed, Prefill, Progress, Token
+from mimo_local.events import Event, Failed, Prefill, Progress, Token
 from mimo_local.remote import failures, requests
 from mimo_local.remote.answers import Reading
-from mimo_local.remote.counting import RemoteTokenizer, ids_of
+from mimo_local.remote.connection import PAUSES_S, Connection, Refused, Server
+from mimo_local.remote.counting import RemoteTokenizer, estimate, ids_of
 from mimo_local.remote.sse import EventStream
 from mimo_local.stream import Stream
 
@@ -34,28 +33,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 KEY: Final = "MIMO_REMOTE_KEY"
-CONNECT_S, SILENCE_S, SMALL_S = 10.0, 900.0, 15.0
-"""To connect; between two bytes of an answer (a long prompt is read in silence); for all else."""
-PAUSES_S: Final = (0.5, 2.0, 5.0)
-"""Before asking again, while nothing has come; a Retry-After of up to LONGEST_PAUSE_S wins."""
-LONGEST_PAUSE_S: Final = 30.0
 CONTEXT: Final = 32_768
 """Assumed where neither server nor settings say it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Server:
-    """Where to ask, and how."""
-
-    address: str
-    key: str = ""
-    pauses: tuple[float, ...] = PAUSES_S
-    silence_s: float = SILENCE_S
-
-    @property
-    def base(self) -> str:
-        """Where the API is."""
-        return requests.base(self.address)
 
 
 class Remote:
@@ -70,12 +49,13 @@ class Remote:
         self.description = ""
         self.tokenizer = RemoteTokenizer(None)
         self._server = server
+        self._counting = f"{requests.root(server.address)}/tokenize"
         self._notes: deque[str] = deque(maxlen=50)
         self._without: frozenset[str] = frozenset()
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
         self._loop = asyncio.new_event_loop()
-        self._client = _client(server)
+        self._http = Connection(server)
         self._thread = threading.Thread(target=self._run, name="mimo-remote", daemon=True)
         self._thread.start()
 
@@ -123,9 +103,7 @@ class Remote:
 
     def submit(self, *_: object, **__: object) -> Stream:
         """Ids mean nothing to a server: UsageError."""
-        raise UsageError(
-            "a remote model takes messages, not token ids", hint="use submit_messages"
-        )
+        raise UsageError("a remote model takes messages, not token ids", hint="use submit_messages")
 
     def submit_messages(
         self,
@@ -181,7 +159,9 @@ class Remote:
     def _count(self, request: dict[str, Any]) -> Any:
         """Ask `/tokenize`, from any thread; what fails is an estimate then, said once."""
         try:
-            return self._wait(self._small("POST", f"{requests.root(self.url)}/tokenize", request))
+            return self._wait(
+                self._http.small("POST", f"{requests.root(self.url)}/tokenize", request)
+            )
         except MimoError as error:
             note = f"tokens are estimated for now: {error.message}"
             if note not in self._notes:
@@ -198,15 +178,12 @@ class Remote:
         for task in tuple(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._client.aclose()
+        await self._http.close()
 
-    def _begin(
-        self, asked: _Asked, stream: Stream, request: list[asyncio.Task[None]]
-    ) -> None:
-        prompt = sum(len(str(m.get("content") or "")) for m in asked.messages) // 4
+    def _begin(self, asked: _Asked, stream: Stream, request: list[asyncio.Task[None]]) -> None:
         reading = Reading(
             thinking=asked.thinking,
-            prompt_tokens=prompt,
+            prompt_tokens=asked.size,
             context_limit=self.context_limit,
             where=self.url,
         )
@@ -229,16 +206,19 @@ class Remote:
     async def _introduce(self, settings: Settings) -> None:
         """Learn what there is: the model, its context, whether tokens are counted."""
         try:
-            listed = await self._small("GET", f"{self._server.base}/models")
+            listed = await self._http.small("GET", f"{self._server.base}/models")
         except UsageError:
             if not settings.remote_model:
                 raise
             listed = {}  # a gateway without a list, but the model is named
         self.name, told = requests.choose(listed, settings.remote_model, self.url)
+        self._http.model = self.name
         self.context_limit = min(settings.context or told or CONTEXT, told or 1 << 62)
         try:
             probe = {"model": self.name, "prompt": "a b", "content": "a b"}
-            found = await self._small("POST", f"{requests.root(self.url)}/tokenize", probe, tries=0)
+            found = await self._http.small(
+                "POST", f"{requests.root(self.url)}/tokenize", probe, tries=0
+            )
         except MimoError:
             found = None
         if ids_of(found) is not None:
@@ -251,31 +231,9 @@ class Remote:
             f"{self.name} at {self.url} (remote): context {self.context_limit:,} tokens{assumed}, "
             f"tokens {counted}"
         )
-        if self._server.key and self.url.startswith("http:"):
-            if not requests.is_loopback(self.url):
-                self._notes.append(f"the key is sent to {self.url} without encryption")
-
-    async def _small(
-        self, method: str, url: str, json: Any = None, *, tries: int | None = None
-    ) -> Any:
-        """A request with a short answer, parsed."""
-        try:
-            async with asyncio.timeout(SMALL_S * (1 + len(self._server.pauses))):
-                async with self._sent(method, url, json, tries, timeout=SMALL_S) as response:
-                    data = failures.parsed(await response.aread())
-        except TimeoutError:
-            raise RemoteError(
-                f"{self.url} takes too long to say what it has",
-                hint="is the server still starting?",
-            ) from None
-        except Exception as error:
-            raise failures.of_exception(error, self.url, begun=False) from error
-        if not isinstance(data, dict):
-            raise UsageError(
-                f"{self.url} is no OpenAI-compatible server: it sent {failures.shown(str(data), 80)}",
-                hint="the address usually ends in /v1 or in nothing",
-            )
-        return data
+        open_line = self.url.startswith("http:") and not requests.is_loopback(self.url)
+        if self._server.key and open_line:
+            self._notes.append(f"the key is sent to {self.url} without encryption")
 
     async def _answer(self, asked: _Asked, stream: Stream, reading: Reading) -> None:
         begun = False
@@ -291,15 +249,15 @@ class Remote:
 
     async def _events(self, asked: _Asked, reading: Reading) -> AsyncIterator[Event]:
         url = f"{self._server.base}/chat/completions"
-        yield Prefill(0, max(1, reading.prompt_tokens))
+        yield Prefill(0, max(1, asked.size))
         while True:
             body = asked.body(self.name, self._without)
             try:
-                async with self._sent("POST", url, body, None) as response:
+                async with self._http.sent("POST", url, body, None) as response:
                     async for event in self._read(response, reading):
                         yield event
                 return
-            except _Refused as refused:
+            except Refused as refused:
                 # Asked again without what it does not know; said, because it changes the answer.
                 self._without |= refused.fields
                 names = ", ".join(sorted(refused.fields))
@@ -336,59 +294,6 @@ class Remote:
                 f"{self.url} broke off the answer", hint="ask again; the server's log says more"
             )
 
-    @asynccontextmanager
-    async def _sent(
-        self, method: str, url: str, json: Any, tries: int | None, *, timeout: float | None = None
-    ) -> AsyncIterator[httpx2.Response]:
-        """A response that is a 200, asked for again while the server is busy or not there yet."""
-        import httpx2
-
-        pauses = list(self._server.pauses if tries is None else self._server.pauses[:tries])
-        while True:
-            request = self._client.build_request(method, url, json=json)
-            if timeout is not None:
-                request.extensions["timeout"] = httpx2.Timeout(timeout).as_dict()
-            try:
-                response = await self._client.send(request, stream=True)
-            except (httpx2.ConnectError, httpx2.ConnectTimeout):
-                if not pauses:
-                    raise
-                await asyncio.sleep(pauses.pop(0))
-                continue
-            try:
-                if response.status_code == 200:
-                    yield response
-                    return
-                pause = await self._refusal(response, json, pauses)
-            finally:
-                await response.aclose()
-            await asyncio.sleep(pause)
-
-    async def _refusal(
-        self, response: httpx2.Response, json: Any, pauses: list[float]
-    ) -> float:
-        """How long to wait before asking again; raises if that is no use."""
-        status = response.status_code
-        body = failures.parsed((await response.aread())[:100_000])
-        wait = failures.retry_after(response.headers.get("retry-after"))
-        if status in failures.AGAIN and pauses and (wait or 0) <= LONGEST_PAUSE_S:
-            pause = pauses.pop(0)
-            return pause if wait is None else wait
-        if status in (400, 422) and isinstance(json, dict):
-            said = str(body)
-            fields = frozenset(n for n in requests.EXTRAS if n in json and n in said)
-            if fields:
-                raise _Refused(fields)
-        raise failures.of_status(
-            status,
-            body,
-            self.url,
-            key=self._server.key,
-            model=self.name,
-            wait=wait,
-            to=response.headers.get("location", ""),
-        )
-
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
@@ -397,6 +302,11 @@ class _Asked:
     thinking: bool
     tools: tuple[Mapping[str, Any], ...]
     stop: tuple[str, ...]
+
+    @property
+    def size(self) -> int:
+        """About how many tokens the prompt has, until the server says it."""
+        return sum(estimate(str(message.get("content") or "")) for message in self.messages)
 
     def body(self, model: str, without: frozenset[str]) -> dict[str, Any]:
         return requests.body(
@@ -410,39 +320,6 @@ class _Asked:
         )
 
 
-class _Refused(Exception):
-    """The server does not know these fields."""
-
-    def __init__(self, fields: frozenset[str]) -> None:
-        super().__init__(", ".join(fields))
-        self.fields = fields
-
-
 def _cancel(request: list[asyncio.Task[None]]) -> None:
     for task in request:
         task.cancel()
-
-
-def _client(server: Server) -> httpx2.AsyncClient:
-    """Certificates are verified, redirects are not followed.
-
-    Proxies of the environment (HTTPS_PROXY, NO_PROXY) count, but not for this machine itself.
-    Keep-alive probes notice a server that vanished while nothing was sent.
-    """
-    import httpx2
-
-    headers = {"User-Agent": f"mimo-local/{__version__}"}
-    if server.key:
-        headers["Authorization"] = f"Bearer {server.key}"
-    options: list[tuple[int, int, int]] = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
-    for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
-        if hasattr(socket, name):  # Linux
-            options.append((socket.IPPROTO_TCP, getattr(socket, name), value))
-    proxied = not requests.is_loopback(server.address)
-    return httpx2.AsyncClient(
-        headers=headers,
-        timeout=httpx2.Timeout(CONNECT_S, read=server.silence_s, write=60.0, pool=None),
-        follow_redirects=False,
-        trust_env=proxied,
-        transport=httpx2.AsyncHTTPTransport(socket_options=options),
-    )
