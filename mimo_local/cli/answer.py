@@ -84,15 +84,18 @@ def piped(data: bytes) -> str | Attachment:
     return attachment("-", data)
 
 
-def attachment(name: str, data: bytes | None = None) -> Attachment:
-    """A file (`-`: stdin) as a document; what could not be read of it is said on stderr."""
+def attachment(name: str, data: bytes | None = None, *, called: str = "") -> Attachment:
+    """A file (`-`: stdin) as a document; what could not be read of it is said on stderr.
+
+    `called`: the name the model is told, else the one given.
+    """
     from mimo_local import documents
 
     if name == "-":
         data = sys.stdin.buffer.read() if data is None else data
         found = documents.read(data, name="stdin")
     else:
-        found = documents.read(Path(name), name=name)
+        found = documents.read(Path(name), name=called or name)
     for warning in found.warnings:
         say(f"{found.name}: {warning}")
     text = "\n\n".join(page.text.strip() for page in found.pages if page.text.strip())

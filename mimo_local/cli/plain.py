@@ -106,7 +106,8 @@ class PlainChat:
         self.chat.messages.append(message)
         self.keeper.prompt(self.chat)
         try:
-            found = answer.ask(self.engine, None, self.chat, self._params(), self.look)
+            with self.reader.quiet():
+                found = answer.ask(self.engine, None, self.chat, self._params(), self.look)
         except MimoError as error:
             say(f"error: {error.message.rstrip('.')}\nhint: {error.hint}")
             self.chat.messages[:] = before
@@ -216,9 +217,9 @@ class PlainChat:
             say("no file goes with the next prompt")
 
     def _add_file(self, path: str) -> None:
-        name = path.strip("'\"")
+        found = Path(path.strip("'\"")).expanduser()
         try:
-            self.files.append(answer.attachment(str(Path(name).expanduser())))
+            self.files.append(answer.attachment(str(found), called=found.name))
         except MimoError as error:
             say(f"{error.message}\nhint: {error.hint}")
             self._offered = f"/file {path}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
@@ -41,6 +42,10 @@ class Reader(Protocol):
 
     def read(self, label: str = "> ", offered: str = "") -> str | None:
         """The next message; empty if nothing was meant; None at the end."""
+        ...
+
+    def quiet(self) -> AbstractContextManager[None]:
+        """While an answer is written: what is typed meanwhile does not get in between."""
         ...
 
 
@@ -91,6 +96,10 @@ class LineReader:
                 break
             text += "\n" + more
         return None if text is None else unquoted(text)
+
+    def quiet(self) -> AbstractContextManager[None]:
+        """Nothing: a pipe shows no typing, and this terminal does not show it anew later."""
+        return nullcontext()
 
     def _line(self, label: str) -> str | None:
         try:
@@ -146,6 +155,26 @@ class PromptReader:
             else:
                 say("Ctrl-D or /exit ends the chat")
             return ""
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Keys typed during an answer are not echoed into it; the next prompt shows them."""
+        if sys.platform == "win32":
+            yield
+            return
+        import termios
+
+        try:
+            before = termios.tcgetattr(sys.stdin)
+        except (OSError, ValueError, termios.error):
+            yield
+            return
+        silent = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, silent)
+        try:
+            yield
+        finally:
+            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
 
 
 def keys() -> KeyBindings:

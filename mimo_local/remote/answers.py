@@ -38,12 +38,16 @@ class Reading:
         prompt_tokens: int,
         context_limit: int,
         where: str,
+        note: Callable[[str], object],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`prompt_tokens`: an estimate, until the server says how many there were."""
+        """`prompt_tokens`: an estimate, until the server says how many there were.
+
+        `note`: told what the user should hear, before the answer's last event.
+        """
         self.finished = False
         """Whether the server has said why the answer ended."""
-        self.notes: list[str] = []
+        self._note = note
         self._thinking, self._context_limit, self._where = thinking, context_limit, where
         self._prompt_tokens, self._cached, self._pieces = prompt_tokens, 0, 0
         self._completion_tokens: int | None = None
@@ -95,7 +99,7 @@ class Reading:
         """What was held back, and the end."""
         if self._held:
             if not cancelled:
-                self.notes.append(
+                self._note(
                     f"{self._where} sent the answer as thinking, which was off: its reasoning "
                     "parser does not fit the model"
                 )
@@ -159,9 +163,9 @@ class Reading:
             self.finished = True
             self._reason = REASONS.get(reason, "stop")
             if reason == "content_filter":
-                self.notes.append(f"the content filter of {self._where} ended the answer")
+                self._note(f"the content filter of {self._where} ended the answer")
             elif reason not in REASONS:
-                self.notes.append(f"{self._where} ended the answer: {shown(reason)}")
+                self._note(f"{self._where} ended the answer: {shown(reason)}")
 
     def _think(self, text: str) -> Iterator[Prefill | Token]:
         yield from self._begin()

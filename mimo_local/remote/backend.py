@@ -2,8 +2,8 @@
 
 One daemon thread runs an event loop with the connections; a request is a task on it, so that a
 cancel closes its connection at once, before the first byte as well. What is sent, how, and what
-comes back is the affair of `requests`, `connection`, `answers` and `sse`. Called by chat, summarize,
-cli and tui.
+comes back is the affair of `requests`, `connection`, `answers` and `sse`. Called by chat,
+summarize, cli and tui.
 """
 
 from __future__ import annotations
@@ -186,6 +186,7 @@ class Remote:
             prompt_tokens=asked.size,
             context_limit=self.context_limit,
             where=self.url,
+            note=self._notes.append,
         )
         task = self._loop.create_task(self._answer(asked, stream, reading))
         self._tasks.add(task)
@@ -197,7 +198,6 @@ class Remote:
                 # What was made is kept; a task that never began ends here, too.
                 for event in reading.done(cancelled=True):
                     stream.put(event)
-            self._notes.extend(reading.notes)
 
         task.add_done_callback(ended)
         if stream.cancelled.is_set():

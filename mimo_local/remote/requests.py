@@ -6,6 +6,7 @@ Pure functions; called by `backend`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from ipaddress import ip_address
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -33,7 +34,10 @@ def root(address: str) -> str:
 def is_loopback(address: str) -> bool:
     """Whether the address is on this machine; a tunnel may still lead elsewhere."""
     host = (urlsplit(address).hostname or "").lower()
-    return host in ("localhost", "::1") or host.startswith("127.")
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:  # another name
+        return False
 
 
 def body(
