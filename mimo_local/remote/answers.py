@@ -126,6 +126,11 @@ class Reading:
             ),
         )
 
+    @property
+    def begun(self) -> bool:
+        """Whether any of the answer has come."""
+        return self._pieces > 0
+
     # ---- details ---------------------------------------------------------------------------------
 
     def _read(self, done: int, total: int) -> Iterator[Prefill]:

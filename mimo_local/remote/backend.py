@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from mimo_local.errors import MimoError, RemoteError, UsageError
-from mimo_local.events import Event, Failed, Prefill, Progress, Token
+from mimo_local.events import Done, Event, Failed, Prefill, Progress
 from mimo_local.remote import failures, requests
 from mimo_local.remote.answers import Reading
 from mimo_local.remote.connection import PAUSES_S, Connection, Refused, Server
@@ -52,7 +52,8 @@ class Remote:
         self._counting = f"{requests.root(server.address)}/tokenize"
         self._notes: deque[str] = deque(maxlen=50)
         self._without: frozenset[str] = frozenset()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._running: set[_Running] = set()
+        self._lock = threading.Lock()
         self._closed = False
         self._loop = asyncio.new_event_loop()
         self._http = Connection(server)
@@ -118,27 +119,35 @@ class Remote:
 
         Several run at once. Errors come as `Failed`; UsageError only when it is closed.
         """
-        if self._closed:
-            raise UsageError("the connection is closed", hint="open it again")
         asked = _Asked(list(messages), params, thinking, tuple(tools), tuple(stop))
-        request: list[asyncio.Task[None]] = []
-        stream = Stream(params.seed or 0, lambda _: self._soon(lambda: _cancel(request)))
-        self._soon(lambda: self._begin(asked, stream, request))
-        return stream
+        reading = Reading(
+            thinking=thinking,
+            prompt_tokens=asked.size,
+            context_limit=self.context_limit,
+            where=self.url,
+            note=self._notes.append,
+        )
+        running = _Running(reading)
+        running.stream = Stream(params.seed or 0, lambda _: self._soon(running.cancel))
+        with self._lock:  # what comes before `close` is ended by it
+            if self._closed:
+                raise UsageError("the connection is closed", hint="open it again")
+            self._soon(lambda: self._begin(asked, running))
+        return running.stream
 
     def experts_now(self) -> None:
         """Nothing is known of a server's experts."""
 
     def close(self) -> None:
         """Cancel everything, close the connections and end the thread."""
-        if self._closed:
-            return
-        self._closed = True
-        if threading.current_thread() is not self._thread:
-            asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join()
-            self._loop.close()
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        self._wait(self._end())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
 
     def __enter__(self) -> Remote:
         return self
@@ -159,9 +168,7 @@ class Remote:
     def _count(self, request: dict[str, Any]) -> Any:
         """Ask `/tokenize`, from any thread; what fails is an estimate then, said once."""
         try:
-            return self._wait(
-                self._http.small("POST", f"{requests.root(self.url)}/tokenize", request)
-            )
+            return self._wait(self._http.small("POST", self._counting, request))
         except MimoError as error:
             note = f"tokens are estimated for now: {error.message}"
             if note not in self._notes:
@@ -175,33 +182,23 @@ class Remote:
         self._loop.run_forever()
 
     async def _end(self) -> None:
-        for task in tuple(self._tasks):
+        for running in tuple(self._running):
+            running.cancel()
+        tasks = [running.task for running in self._running if running.task is not None]
+        if tasks:
+            await asyncio.wait(tasks, timeout=1.0)  # connections half made
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self._http.close()
+        await self._loop.shutdown_asyncgens()
 
-    def _begin(self, asked: _Asked, stream: Stream, request: list[asyncio.Task[None]]) -> None:
-        reading = Reading(
-            thinking=asked.thinking,
-            prompt_tokens=asked.size,
-            context_limit=self.context_limit,
-            where=self.url,
-            note=self._notes.append,
-        )
-        task = self._loop.create_task(self._answer(asked, stream, reading))
-        self._tasks.add(task)
-        request.append(task)
-
-        def ended(task: asyncio.Task[None]) -> None:
-            self._tasks.discard(task)
-            if task.cancelled():
-                # What was made is kept; a task that never began ends here, too.
-                for event in reading.done(cancelled=True):
-                    stream.put(event)
-
-        task.add_done_callback(ended)
-        if stream.cancelled.is_set():
-            task.cancel()
+    def _begin(self, asked: _Asked, running: _Running) -> None:
+        if running.ended:
+            return
+        running.task = self._loop.create_task(self._answer(asked, running))
+        self._running.add(running)
+        running.task.add_done_callback(lambda _: self._running.discard(running))
 
     async def _introduce(self, settings: Settings) -> None:
         """Learn what there is: the model, its context, whether tokens are counted."""
@@ -216,9 +213,7 @@ class Remote:
         self.context_limit = min(settings.context or told or CONTEXT, told or 1 << 62)
         try:
             probe = {"model": self.name, "prompt": "a b", "content": "a b"}
-            found = await self._http.small(
-                "POST", f"{requests.root(self.url)}/tokenize", probe, tries=0
-            )
+            found = await self._http.small("POST", self._counting, probe, tries=0)
         except MimoError:
             found = None
         if ids_of(found) is not None:
@@ -235,26 +230,28 @@ class Remote:
         if self._server.key and open_line:
             self._notes.append(f"the key is sent to {self.url} without encryption")
 
-    async def _answer(self, asked: _Asked, stream: Stream, reading: Reading) -> None:
-        begun = False
+    async def _answer(self, asked: _Asked, running: _Running) -> None:
         try:
-            async for event in self._events(asked, reading):
-                begun = begun or isinstance(event, Token)
-                stream.put(event)
-            for last in reading.done():
-                stream.put(last)
+            async for event in self._events(asked, running):
+                running.put(event)
+            for last in running.reading.done():
+                running.put(last)
+        except asyncio.CancelledError:
+            running.cancelled()
         except Exception as error:
             # Whatever happened, the request must end: someone waits for it.
-            stream.put(Failed(failures.of_exception(error, self.url, begun=begun)))
+            begun = running.reading.begun
+            running.put(Failed(failures.of_exception(error, self.url, begun=begun)))
 
-    async def _events(self, asked: _Asked, reading: Reading) -> AsyncIterator[Event]:
+    async def _events(self, asked: _Asked, running: _Running) -> AsyncIterator[Event]:
         url = f"{self._server.base}/chat/completions"
         yield Prefill(0, max(1, asked.size))
         while True:
             body = asked.body(self.name, self._without)
             try:
-                async with self._http.sent("POST", url, body, None) as response:
-                    async for event in self._read(response, reading):
+                sent = self._http.sent("POST", url, body, None, on_phase=running.phase)
+                async with sent as response:
+                    async for event in self._read(response, running.reading):
                         yield event
                 return
             except Refused as refused:
@@ -320,6 +317,40 @@ class _Asked:
         )
 
 
-def _cancel(request: list[asyncio.Task[None]]) -> None:
-    for task in request:
-        task.cancel()
+class _Running:
+    """A request under way: its task, its stream, and how it is cancelled. Of the loop's thread."""
+
+    stream: Stream
+
+    def __init__(self, reading: Reading) -> None:
+        self.reading = reading
+        self.task: asyncio.Task[None] | None = None
+        self.ended = False
+        self._connecting = False
+
+    def put(self, event: Event) -> None:
+        """Pass an event on, unless the end has been passed on."""
+        if not self.ended:
+            self.ended = isinstance(event, Done | Failed)
+            self.stream.put(event)
+
+    def cancel(self) -> None:
+        """The stream ends now, the connection too; one that is half made when it is made.
+
+        asyncio can lose a socket if a task is cancelled while it connects.
+        """
+        self.cancelled()
+        if self.task is not None and not self._connecting:
+            self.task.cancel()
+
+    def cancelled(self) -> None:
+        """The end, with what was made."""
+        if not self.ended:
+            for event in self.reading.done(cancelled=True):
+                self.put(event)
+
+    def phase(self, connecting: bool) -> None:
+        """Whether a connection is being made; otherwise a cancel may close it."""
+        self._connecting = connecting
+        if self.ended:
+            raise asyncio.CancelledError

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -87,19 +87,37 @@ class Connection:
 
     @asynccontextmanager
     async def sent(
-        self, method: str, url: str, json: Any, tries: int | None, *, timeout: float | None = None
+        self,
+        method: str,
+        url: str,
+        json: Any,
+        tries: int | None,
+        *,
+        timeout: float | None = None,
+        on_phase: Callable[[bool], None] = lambda connecting: None,
     ) -> AsyncIterator[httpx2.Response]:
-        """A response that is a 200, asked for again while the server is busy or not there yet."""
+        """A response that is a 200, asked for again while the server is busy or not there yet.
+
+        `on_phase`: told whether a connection is being made.
+        """
         import httpx2
+
+        async def trace(name: str, _: object) -> None:
+            if name == "connection.connect_tcp.started":
+                on_phase(True)
+            elif name.endswith(".send_request_headers.started"):
+                on_phase(False)
 
         pauses = list(self._server.pauses if tries is None else self._server.pauses[:tries])
         while True:
             request = self._client.build_request(method, url, json=json)
             if timeout is not None:
                 request.extensions["timeout"] = httpx2.Timeout(timeout).as_dict()
+            request.extensions["trace"] = trace
             try:
                 response = await self._client.send(request, stream=True)
             except (httpx2.ConnectError, httpx2.ConnectTimeout):
+                on_phase(False)
                 if not pauses:
                     raise
                 await asyncio.sleep(pauses.pop(0))
@@ -154,10 +172,12 @@ def _client(server: Server) -> httpx2.AsyncClient:
         if hasattr(socket, name):  # Linux
             options.append((socket.IPPROTO_TCP, getattr(socket, name), value))
     proxied = not requests.is_loopback(server.address)
+    trusted = httpx2.create_ssl_context()  # once: it takes 0.1 s
     return httpx2.AsyncClient(
+        verify=trusted,
         headers=headers,
         timeout=httpx2.Timeout(CONNECT_S, read=server.silence_s, write=60.0, pool=None),
         follow_redirects=False,
         trust_env=proxied,
-        mounts={"all://": httpx2.AsyncHTTPTransport(socket_options=options)},
+        mounts={"all://": httpx2.AsyncHTTPTransport(trusted, socket_options=options)},
     )
