@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from mimo_local.chat import Chat, Message, Piece, Preset, ask, preset
-from mimo_local.engine import Engine, Session
+from mimo_local.engine import Engine
 from mimo_local.errors import UsageError
 from mimo_local.events import Failed, Token
 from mimo_local.sampler import SamplingParams
@@ -60,7 +60,6 @@ class LocalModel:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         """For those who want sessions and events."""
-        self._session: Session | None = None
 
     @property
     def config(self) -> ModelConfig:
@@ -116,14 +115,12 @@ class LocalModel:
 
         `messages`: a question, or `Message`s or mappings with "role" and "content" of which the
         last is the user's. `sampling` overrides the preset's values. What the conversation shares
-        with the previous call is not processed again. Needs tokenizer files with a chat template.
+        with earlier calls is not processed again. Needs tokenizer files with a chat template.
         """
         chat = Chat(_messages(messages), system, preset, thinking)
         params = _sampling(chat.preset, sampling)
         self._require_tokenizer()
-        if self._session is None:
-            self._session = self.engine.new_session()
-        reply = ask(self.engine, self._session, chat, params, stop=stop)
+        reply = ask(self.engine, None, chat, params, stop=stop)
 
         def pieces() -> Iterator[str]:
             try:
@@ -159,7 +156,7 @@ class LocalModel:
         self, ids: Sequence[int], params: SamplingParams, stop: Sequence[str]
     ) -> Iterator[Token]:
         # Submitted here, not at the first `next`: a bad prompt is an error of this call.
-        stream = self.engine.submit(self.engine.new_session(), ids, params, stop=stop)
+        stream = self.engine.submit(None, ids, params, stop=stop)
 
         def tokens() -> Iterator[Token]:
             try:

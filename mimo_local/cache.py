@@ -9,16 +9,20 @@ commits; `generate` and `engine` truncate, snapshot and save.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Final, Protocol
 
 import torch
 
 from mimo_local import cache_file
-from mimo_local.cache_layers import FullKV, Place, RingKV, View
+from mimo_local.cache_layers import FullKV, Place, RingKV, Rows, View
 from mimo_local.config import ModelConfig
 from mimo_local.errors import UsageError
+
+SMALL_CHANGE: Final = 1024
+"""Rows nobody gives back: 24 MB for the real model."""
 
 
 @dataclass(eq=False)
@@ -29,15 +33,23 @@ class Snapshot:
     """
 
     length: int
-    rings: dict[int, tuple[int, torch.Tensor, torch.Tensor]] = field(repr=False)
-    draft: Any = field(default=None, repr=False)
+    rings: dict[int, tuple[int, Rows]] = field(repr=False)
+    draft: tuple[int, Rows] | None = field(default=None, repr=False)
     """What the cache's `draft` gave."""
+    low: int = 0
+    """Fewest rows it can bring back by a cut after it: as its rings hold rows to spare."""
     stale: bool = False
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the copies of rings."""
-        return sum(k.nbytes + v.nbytes for _, k, v in self.rings.values())
+        """Bytes of the copies of rings, and of what drafting keeps."""
+        kept = [rows for _, rows in self.rings.values()]
+        kept += [] if self.draft is None else [self.draft[1]]
+        return sum(part.nbytes for rows in kept for part in rows.values())
+
+    def reach(self, n: int) -> int:
+        """Most rows, up to n, that `restore` and a cut get to; 0 if they cannot."""
+        return 0 if self.stale or n < self.low else min(n, self.length)
 
 
 class Follower(Protocol):
@@ -50,10 +62,10 @@ class Follower(Protocol):
     def truncate(self, n: int) -> None:
         """Forget what depends on ids from position n on; never fails."""
 
-    def snapshot(self) -> object:
-        """Whatever `restore` needs."""
+    def snapshot(self) -> tuple[int, Rows]:
+        """What `restore` needs: the position of the first row, copies of rows."""
 
-    def restore(self, kept: Any, n: int) -> None:
+    def restore(self, kept: tuple[int, Rows], n: int) -> None:
         """Go back to a snapshot made at n rows."""
 
 
@@ -83,6 +95,8 @@ class KVCache:
         self.draft: Follower | None = None
         """What drafting keeps of this sequence; None where nobody drafts."""
         self._snapshots: weakref.WeakSet[Snapshot] = weakref.WeakSet()
+        self._peak = 0
+        """Rows of full layers that were written before the cache last went back."""
 
     @property
     def nbytes(self) -> dict[str, int]:
@@ -93,6 +107,17 @@ class KVCache:
         sizes = [(layer.kind, layer.nbytes) for layer in self.layers]
         held = {kind: sum(n for k, n in sizes if k == kind) for kind in ("swa", "full")}
         return held if self.draft is None else held | {"draft": self.draft.nbytes}
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes that one more position takes, in full layers."""
+        return sum(layer.row_bytes for layer in self.layers if isinstance(layer, FullKV))
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of memory that were written: rows full layers only have room for cost nothing."""
+        held = self.nbytes
+        return sum(held.values()) - held["full"] + self.row_bytes * max(self._peak, self.length)
 
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor, *, at: int = 0) -> View:
         """Add k (T, G, dk), v (T, G, dv) after the committed rows of one layer, not yet committed.
@@ -124,6 +149,7 @@ class KVCache:
 
     def reserve(self, n: int) -> None:
         """Have room for n more rows in full layers: they grow once, not piece by piece."""
+        self._peak = max(self._peak, self.length + n)
         for layer in self.layers:
             if isinstance(layer, FullKV):
                 layer.room(self.length, n)
@@ -173,6 +199,7 @@ class KVCache:
             self.draft.truncate(0)
 
     def _mark_stale(self, n: int) -> None:
+        self._peak = max(self._peak, self.length)
         for snapshot in self._snapshots:
             snapshot.stale |= snapshot.length > n
 
@@ -181,12 +208,55 @@ class KVCache:
         rings = {}
         for i, ring in enumerate(self.layers):
             if isinstance(ring, RingKV):
-                first, k, v = ring.rows(self.length)
-                rings[i] = (first, k.clone(), v.clone())
+                first, rows = ring.rows(self.length)
+                rings[i] = (first, {name: part.clone() for name, part in rows.items()})
         draft = None if self.draft is None else self.draft.snapshot()
-        snapshot = Snapshot(self.length, rings, draft)
+        return self.adopt(self.length, rings, draft)
+
+    def adopt(
+        self, length: int, rings: dict[int, tuple[int, Rows]], draft: tuple[int, Rows] | None
+    ) -> Snapshot:
+        """A restart point of this cache made of another one's: the same ids led to it."""
+        firsts = [
+            (first, layer.need)
+            for i, (first, _) in rings.items()
+            if isinstance(layer := self.layers[i], RingKV)
+        ]
+        low = max((first + need for first, need in firsts if first), default=0)
+        snapshot = Snapshot(length, rings, draft, low)
         self._snapshots.add(snapshot)
         return snapshot
+
+    def blank(self, n: int) -> dict[int, Rows]:
+        """Forget everything; rows 0 .. n of the full layers, for the caller to write.
+
+        A restart point that was adopted then makes them count.
+        """
+        self.clear()
+        return {i: ly.blank(0, n) for i, ly in enumerate(self.layers) if isinstance(ly, FullKV)}
+
+    def fork(
+        self, into: KVCache, at: Snapshot | None, points: Sequence[Snapshot]
+    ) -> list[Snapshot]:
+        """Make `into`, an empty cache of the same kind, a copy of this one as it is or was `at`.
+
+        The restart points become its own; their copies of rings are shared, as nobody writes them.
+        """
+        here = at or self.snapshot()
+        for i, rows in into.blank(here.length).items():
+            for name, part in self.layers[i].rows(here.length)[1].items():
+                rows[name].copy_(part)
+        into.restore(into.adopt(here.length, here.rings, here.draft))
+        return [into.adopt(point.length, point.rings, point.draft) for point in points]
+
+    def trim(self) -> None:
+        """Give back the memory of rows the cache went back from, if that is worth a copy."""
+        if self._peak <= self.length + self.length // 4 + SMALL_CHANGE:
+            return
+        for layer in self.layers:
+            if isinstance(layer, FullKV):
+                layer.trim(self.length)
+        self._peak = self.length
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to a snapshot of this cache; it can be restored again. UsageError if stale."""
@@ -199,7 +269,11 @@ class KVCache:
             self.layers[i].load(*rows)
         self._mark_stale(snapshot.length)
         self.length = snapshot.length
-        if self.draft is not None and snapshot.draft is not None:
+        if self.draft is None:
+            return
+        if snapshot.draft is None:
+            self.draft.truncate(snapshot.length)
+        else:
             self.draft.restore(snapshot.draft, snapshot.length)
 
     def save(self, path: Path | str) -> None:
@@ -207,9 +281,9 @@ class KVCache:
         tensors: dict[str, torch.Tensor] = {}
         firsts: list[int] = []
         for i, layer in enumerate(self.layers):
-            first, k, v = layer.rows(self.length)
+            first, rows = layer.rows(self.length)
             firsts.append(first)
-            tensors[f"layers.{i}.k"], tensors[f"layers.{i}.v"] = k.contiguous(), v.contiguous()
+            tensors |= {f"layers.{i}.{name}": part.contiguous() for name, part in rows.items()}
         facts = {"first": firsts, "length": self.length, "slack": self.slack}
         cache_file.write(Path(path), self.config, facts, tensors)
 
@@ -222,6 +296,7 @@ class KVCache:
         dtype = tensors["layers.0.k"].dtype
         cache = cls(config, dtype=dtype, slack=facts["slack"], device=device)
         for i, layer in enumerate(cache.layers):
-            layer.load(facts["first"][i], tensors[f"layers.{i}.k"], tensors[f"layers.{i}.v"])
+            rows = {name: tensors[f"layers.{i}.{name}"] for name in layer.stored}
+            layer.load(facts["first"][i], rows)
         cache.length = facts["length"]
         return cache

@@ -5,6 +5,7 @@ Knows rows and positions; `cache` makes one per layer, commits and takes back fo
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -31,6 +32,10 @@ Place: TypeAlias = tuple[int, int, int]
 """Addresses of keys and of values, position of their row 0."""
 
 
+Rows: TypeAlias = dict[str, torch.Tensor]
+"""What a layer stores of some positions, by name; dimension 0 of each tensor is the position."""
+
+
 class _Store:
     k: torch.Tensor
     v: torch.Tensor
@@ -42,9 +47,30 @@ class _Store:
         self.where = (k.data_ptr(), v.data_ptr())
 
     @property
+    def stored(self) -> Rows:
+        """Everything held, by name: what `rows` gives parts of, copies and files go through it."""
+        return {"k": self.k, "v": self.v}
+
+    @property
     def nbytes(self) -> int:
         """Bytes held, used or not."""
-        return self.k.nbytes + self.v.nbytes
+        return sum(part.nbytes for part in self.stored.values())
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes one position takes."""
+        parts = self.stored.values()
+        return sum(part.itemsize * math.prod(part.shape[1:]) for part in parts)
+
+    def blank(self, first: int, n: int) -> Rows:
+        """Forget all rows; those of positions first .. first + n, for the caller to write."""
+        raise NotImplementedError
+
+    def load(self, first: int, rows: Rows) -> None:
+        """Take over what `rows` gave: of a snapshot, of another cache, of a file."""
+        n = next(iter(rows.values())).shape[0]
+        for name, part in self.blank(first, n).items():
+            part.copy_(rows[name])
 
 
 class RingKV(_Store):
@@ -133,18 +159,16 @@ class RingKV(_Store):
         """Whether the rows a query at position n may see are all still here."""
         return self.first <= max(0, n - self.need)
 
-    def rows(self, length: int) -> tuple[int, torch.Tensor, torch.Tensor]:
-        """(first position, keys, values) of what a snapshot has to hold, as views."""
+    def rows(self, length: int) -> tuple[int, Rows]:
+        """(first position, views) of what a snapshot has to hold."""
         start = max(self.first, length - self.keep)
         a, b = start - self.first, length - self.first
-        return start, self.k[a:b], self.v[a:b]
+        return start, {name: part[a:b] for name, part in self.stored.items()}
 
-    def load(self, first: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Take over the rows of a snapshot."""
-        self.pending = None
-        self.k[: k.shape[0]] = k
-        self.v[: v.shape[0]] = v
-        self.first = first
+    def blank(self, first: int, n: int) -> Rows:
+        """Forget all rows; those of positions first .. first + n, for the caller to write."""
+        self.pending, self.first = None, first
+        return {name: part[:n] for name, part in self.stored.items()}
 
 
 class FullKV(_Store):
@@ -191,15 +215,22 @@ class FullKV(_Store):
         """Always: nothing is ever dropped."""
         return True
 
-    def rows(self, length: int) -> tuple[int, torch.Tensor, torch.Tensor]:
-        """(0, keys, values), as views."""
-        return 0, self.k[:length], self.v[:length]
+    def rows(self, length: int) -> tuple[int, Rows]:
+        """(0, views) of every row."""
+        return 0, {name: part[:length] for name, part in self.stored.items()}
 
-    def load(self, first: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Take over rows 0 .. k.shape[0]."""
-        view = self.room(0, k.shape[0])
-        view.k.copy_(k)
-        view.v.copy_(v)
+    def blank(self, first: int, n: int) -> Rows:
+        """Forget all rows; those of positions 0 .. n, for the caller to write."""
+        if first:
+            raise ValueError(f"a full layer starts at position 0, not {first}")
+        if n > self.capacity:
+            self._grow(0, n + n // 4)  # the next rows need not move these
+        return {name: part[:n] for name, part in self.stored.items()}
+
+    def trim(self, length: int) -> None:
+        """Rows 0 .. `length` in memory of their own, with room for some more."""
+        self.capacity = 0
+        self._grow(length, length + length // 4)
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -13,7 +13,7 @@ import dataclasses
 import torch
 
 from mimo_local.cache import KVCache
-from mimo_local.cache_layers import SPARE_ROWS
+from mimo_local.cache_layers import SPARE_ROWS, Rows
 from mimo_local.config import ModelConfig
 
 
@@ -79,15 +79,15 @@ class DraftCache:
             else:
                 ring.clear()
 
-    def snapshot(self) -> tuple[int, torch.Tensor]:
+    def snapshot(self) -> tuple[int, Rows]:
         """(position of the first, hidden states): the rings are made again when they are needed."""
         start = max(self.first, self.length - self.keep)
-        return start, self.hidden(start).clone()
+        return start, {"hidden": self.hidden(start).clone()}
 
-    def restore(self, kept: tuple[int, torch.Tensor], n: int) -> None:
+    def restore(self, kept: tuple[int, Rows], n: int) -> None:
         """Go back to a snapshot made at n rows."""
         self.truncate(n)
-        start, rows = kept
+        start, rows = kept[0], kept[1]["hidden"]
         self._begin(start)
         self.add(rows, start + rows.shape[0])
 

@@ -16,6 +16,7 @@ MimoError
 ├── HistoryError         1    saved chats that cannot be read or written
 ├── RemoteError          1    a server that cannot be reached, refuses, or breaks off
 ├── DownloadError        1    a package or a file that cannot be fetched
+├── BusyError            1    more requests wait for the engine than it lets wait
 └── CancelledError     130    the user stopped it
 
 Knows no other module. The CLI turns `exit_code` into the exit status, everyone else just raises.
@@ -121,7 +122,29 @@ class DownloadError(MimoError):
     """Something could not be fetched, or what came does not match its checksum."""
 
 
+class BusyError(MimoError):
+    """Too many requests are waiting already; asking again later may succeed."""
+
+
 class CancelledError(MimoError):
     """The user stopped the work; what was made so far is kept."""
 
     exit_code = ExitCode.INTERRUPTED
+
+
+def as_mimo_error(error: BaseException) -> MimoError:
+    """The error itself, or an unexpected one in our terms with the original as its cause."""
+    if isinstance(error, MimoError):
+        return error
+    # torch reports a failed allocation as a RuntimeError with this text.
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        wrapped: MimoError = NotEnoughMemoryError(
+            "the memory ran out while answering", hint="use a smaller --context or a smaller format"
+        )
+    else:
+        wrapped = MimoError(
+            f"the engine failed: {type(error).__name__}: {error}",
+            hint="ask again; if it happens twice, report it with the output of `mimo doctor`",
+        )
+    wrapped.__cause__ = error
+    return wrapped

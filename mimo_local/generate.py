@@ -1,15 +1,15 @@
-"""The loop: read the prompt, then draw an id, draft some, forward them all, and again. Ids only.
+"""Continuing a sequence: read the prompt, then draw an id, draft some, forward them, and again.
 
-A draft is right if it is the id that would be drawn in its place anyway, the random number being
-keyed by the position: the ids are the same with and without drafting. Rows of wrong drafts are
-taken back. Knows no text, no threads and no sessions; `engine` drives it and owns what it is given.
-Whatever ends it (a stop id, an error, a cancel, a generator that is closed), `ids` is what the
-cache holds.
+`Decoding` is one sequence between passes of the model: which ids the next pass forwards, and what
+is drawn from its logits. Who runs the passes decides how many sequences share one: `scheduler` for
+the engine, `generate` for a single one. A draft is right if it is the id that would be drawn in its
+place anyway, the random number being keyed by the position: the ids are the same with and without
+drafting. Ids only: knows no text, no threads and no sessions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Hashable
+from collections.abc import Callable, Collection, Generator, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,11 +18,11 @@ from mimo_local.cache import KVCache
 from mimo_local.draft_cache import DraftCache
 from mimo_local.draft_control import DraftController
 from mimo_local.errors import CancelledError, ContextOverflowError, UsageError
-from mimo_local.events import FinishReason, Progress
+from mimo_local.events import DraftFigures, FinishReason, Progress
 from mimo_local.model import Model, Segment
 from mimo_local.mtp import Drafter
 from mimo_local.ops import threads_for
-from mimo_local.sampler import Sampler, SamplingParams
+from mimo_local.sampler import Constraint, Sampler, SamplingParams, logprobs_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,137 @@ class Drafting:
 
     drafter: Drafter
     controller: DraftController
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """One new id. The other two as in `events.Token`."""
+
+    id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Decoding:
+    """One sequence being continued.
+
+    Whatever ends it (a stop id, an error, a cancel), `ids` is what the cache holds after `close`:
+    the last id is never forwarded, or taken back. The repetition penalty sees the answer's ids
+    only: over the prompt too, as transformers' does, it drives a summary away from its document's
+    words.
+    """
+
+    def __init__(
+        self,
+        cache: KVCache,
+        ids: list[int],
+        params: SamplingParams,
+        *,
+        stop_ids: Collection[int] = (),
+        limit: int,
+        constraint: Constraint | None = None,
+        logprobs: int | None = None,
+    ) -> None:
+        """`ids`: the prompt, which the cache has to hold before `take`; new ones are appended."""
+        self.cache, self.ids = cache, ids
+        self.reason: FinishReason | None = None
+        """Why it ended; None while it goes on."""
+        self.figures: DraftFigures | None = None
+        """What drafting did, for a sequence that had it."""
+        self._sampler, self._stop_ids = Sampler(params), stop_ids
+        self._constraint, self._logprobs = constraint, logprobs
+        self._start = len(ids)
+        self._most = self._start + params.max_tokens
+        self._end = min(self._most, limit)
+        self._held: int | None = None
+        """Rows that are certain, while ids are being drawn."""
+        self._drafting: Drafting | None = None
+        self._drafts: list[int] = []
+
+    @property
+    def room(self) -> int:
+        """Positions it may still need, prompt included."""
+        return self._end
+
+    def draft_with(self, drafting: Drafting | None, condition: Hashable = None) -> None:
+        """From now on verify drafts, or don't. A controller serves one sequence at a time.
+
+        `condition`: see `DraftController.begin_sequence`.
+        """
+        if drafting is self._drafting:
+            return
+        self._leave_drafting()
+        if drafting is not None:
+            drafting.controller.begin_sequence(condition)
+            self._drafting = drafting
+
+    def next_ids(self) -> list[int]:
+        """What the next pass forwards: the last id, and the drafts that are worth verifying."""
+        self._drafts = []
+        if self._drafting is not None:
+            control = self._drafting.controller
+            # The pass draws one id itself; the last id of all is drawn and not forwarded.
+            control.begin(self._end - len(self.ids) - 1)
+            guesses = self._drafting.drafter.drafts(self.cache, self.ids)
+            while control.more() and (guess := next(guesses, None)) is not None:
+                if not control.keep(guess[1]):
+                    break
+                self._drafts.append(guess[0])
+            control.verify()
+        return [self.ids[-1], *self._drafts]
+
+    def take(self, rows: torch.Tensor) -> Iterator[Drawn]:
+        """Draw from the logits (n, V) f32 of a pass: one id, and one more for each right draft.
+
+        A caller who stops iterating ends the sequence with what came so far, by `close`.
+        """
+        control = None if self._drafting is None else self._drafting.controller
+        if control is not None:
+            control.verified()
+        for i, logits in enumerate(rows):
+            self._held = len(self.ids)
+            drawn = self._draw(logits, self._held)
+            right = i < len(self._drafts) and drawn.id == self._drafts[i]
+            if control is not None:
+                control.judge(right=right)
+            if drawn.id in self._stop_ids:
+                self.reason = "stop"
+                return
+            self.ids.append(drawn.id)
+            if self._constraint is not None and self._constraint.advance(drawn.id):
+                self.reason = "stop"
+            elif len(self.ids) == self._end:
+                self.reason = "length" if self._end == self._most else "context"
+            yield drawn
+            if self.reason is not None:
+                return
+            if not right:
+                break
+        # Rows of wrong drafts go.
+        assert self._held is not None
+        _cut(self.cache, self._held)
+        self._held = None
+
+    def close(self) -> None:
+        """End it: the cache is as without drafting, and `ids` what it holds."""
+        if self._held is not None:
+            _cut(self.cache, self._held)
+        self._leave_drafting()
+        del self.ids[self.cache.length :]
+
+    def _draw(self, logits: torch.Tensor, position: int) -> Drawn:
+        with threads_for(1):
+            allowed = logits if self._constraint is None else self._constraint.mask(logits)
+            token = self._sampler.draw(allowed, position, self.ids[self._start :])
+            if self._logprobs is None:
+                return Drawn(token)
+            return Drawn(token, *logprobs_of(logits, token, self._logprobs))
+
+    def _leave_drafting(self) -> None:
+        if self._drafting is not None:
+            self._drafting.controller.end_sequence()
+            self.figures = self._drafting.controller.report()
+            self._drafting = None
 
 
 def generate(
@@ -45,103 +176,65 @@ def generate(
     on_prefill: Callable[[int, int], None] | None = None,
     drafting: Drafting | None = None,
 ) -> Generator[int, None, FinishReason]:
-    """Yield new ids; return why it ended. A stop id ends it and is not yielded.
+    """Yield new ids of one sequence; return why it ended. A stop id ends it and is not yielded.
 
-    `ids` holds prompt and answer, the first `cache.length` of them already in the cache; each new
-    id is appended before it is yielded, and at the end `ids` is cut to what the cache holds (the
-    last one is never forwarded, or taken back). The repetition penalty sees the answer's ids only:
-    over the prompt too, as transformers' does, it drives a summary away from its document's words.
+    `ids` holds prompt and answer, the first `cache.length` of them already in the cache.
     `on_prefill(done, total)` counts cached ids as done. `cancel` is asked before every layer of the
     prompt and for every id of the answer. `drafting` needs a cache with `draft`.
     """
     limit = model.config.max_context if context_limit is None else context_limit
-    sampler = Sampler(params)
     cancel = cancel or (lambda: False)
-    control = DraftController(0) if drafting is None else drafting.controller
-    held = limit
+    answer = Decoding(cache, ids, params, stop_ids=stop_ids, limit=limit)
     try:
-        _check(ids, cache, limit)
-        hidden = _prefill(model, cache, ids, cancel, on_prefill)[-1:]
-        start, drafts = len(ids), list[int]()
-        end = min(start + params.max_tokens, limit)
-        control.begin_sequence(_tiers(model))
+        answer.draft_with(drafting, condition(model))
+        hidden = read_prompt(model, cache, ids, limit=limit, cancel=cancel, on_prefill=on_prefill)
         while True:
             with threads_for(1):
                 rows = model.logits(hidden)
-            control.verified()
-            for i, logits in enumerate(rows):
-                held = len(ids)
-                with threads_for(1):
-                    token = sampler.draw(logits, held, ids[start:])
-                right = i < len(drafts) and token == drafts[i]
-                control.judge(right=right)
-                if token in stop_ids:
-                    return "stop"
-                ids.append(token)
-                yield token
-                if len(ids) == end or cancel():
-                    return _reason(len(ids), end, start + params.max_tokens)
-                if not right:
-                    break
-            _cut(cache, held)
-            drafts = [] if drafting is None else _draft(drafting, cache, ids, end)
-            hidden = _forward(model, cache, [token, *drafts])
+            for drawn in answer.take(rows):
+                yield drawn.id
+                if cancel():
+                    return answer.reason or "cancelled"
+            if answer.reason is not None:
+                return answer.reason
+            (hidden,) = forward(model, [(cache, answer.next_ids())])
     except CancelledError:
         return "cancelled"
     finally:
-        # Of a pass that was not used to its end the rest goes: the cache is as without drafting.
-        _cut(cache, held)
-        control.end_sequence()
-        del ids[cache.length :]
+        answer.close()
 
 
-def _tiers(model: Model) -> Hashable:
+def condition(model: Model) -> Hashable:
     """What makes a pass take another time than before: sizes of the tiers, reading ahead."""
     held = model.experts.nbytes
     return model.experts.wants_guesses, *(nbytes.bit_length() for nbytes in held.values())
 
 
-def _reason(n: int, end: int, most: int) -> FinishReason:
-    if n < end:
-        return "cancelled"
-    return "length" if n == most else "context"
+def forward(model: Model, news: Sequence[tuple[KVCache, list[int]]]) -> list[torch.Tensor]:
+    """One pass for the next ids of one or several sequences -> hidden (T, D) of each."""
+    hidden = model.forward([Segment(torch.tensor(new), cache) for cache, new in news])
+    parts = list(torch.split(hidden, [len(new) for _, new in news]))
+    for (cache, _), part in zip(news, parts, strict=True):
+        if isinstance(cache.draft, DraftCache):
+            cache.draft.add(part, cache.length)
+    return parts
 
 
-def _cut(cache: KVCache, n: int) -> None:
-    if n < cache.length:
-        cache.truncate(n)
-
-
-def _draft(drafting: Drafting, cache: KVCache, ids: list[int], end: int) -> list[int]:
-    """What is worth verifying after `ids`, which end before position `end`."""
-    control, drafts = drafting.controller, list[int]()
-    # The pass draws one id itself; the last id of all is drawn and not forwarded.
-    control.begin(end - len(ids) - 1)
-    guesses = drafting.drafter.drafts(cache, ids)
-    while control.more() and (guess := next(guesses, None)) is not None:
-        if not control.keep(guess[1]):
-            break
-        drafts.append(guess[0])
-    control.verify()
-    return drafts
-
-
-def _forward(model: Model, cache: KVCache, new: list[int]) -> torch.Tensor:
-    """Forward the ids after those in the cache -> hidden (T, D)."""
-    hidden = model.forward([Segment(torch.tensor(new), cache)])
-    if isinstance(cache.draft, DraftCache):
-        cache.draft.add(hidden, cache.length)
-    return hidden
-
-
-def _prefill(
+def read_prompt(
     model: Model,
     cache: KVCache,
     ids: list[int],
+    *,
+    limit: int,
     cancel: Callable[[], bool],
-    on_prefill: Callable[[int, int], None] | None,
+    on_prefill: Callable[[int, int], None] | None = None,
+    end: int | None = None,
 ) -> torch.Tensor:
-    """Forward what the cache lacks -> hidden of the last ids (T, D): as many as drafting wants."""
+    """Forward what the cache lacks of `ids` -> hidden (1, D) of the last one.
+
+    `end`: only so many of them now. CancelledError, UsageError, ContextOverflowError.
+    """
+    _check(ids, cache, limit)
     cached, total = cache.length, len(ids)
     report = on_prefill or (lambda done, total: None)
     report(cached, total)
@@ -151,12 +244,18 @@ def _prefill(
 
     if cancel():
         raise CancelledError("stopped before reading the prompt", hint="ask again")
-    new, draft = Segment(torch.tensor(ids[cached:]), cache), cache.draft
+    new, draft = Segment(torch.tensor(ids[cached:end]), cache), cache.draft
     if not isinstance(draft, DraftCache):
-        return model.prefill(new, on_progress=on_progress, cancel=cancel)
+        return model.prefill(new, on_progress=on_progress, cancel=cancel)[-1:]
+    # As many rows as drafting wants.
     hidden = model.prefill(new, tail=draft.keep, on_progress=on_progress, cancel=cancel)
     draft.add(hidden, cache.length)
-    return hidden
+    return hidden[-1:]
+
+
+def _cut(cache: KVCache, n: int) -> None:
+    if n < cache.length:
+        cache.truncate(n)
 
 
 def _check(ids: list[int], cache: KVCache, limit: int) -> None:

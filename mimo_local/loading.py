@@ -53,6 +53,8 @@ class Loaded:
     plan: Plan | None
     """What was planned and predicted; None for a checkpoint."""
     recorder: Recorder | None
+    session_bytes: int
+    """Memory for all sessions together."""
 
 
 def load(settings: Settings, on_event: Callable[[Progress], None] | None = None) -> Loaded:
@@ -94,19 +96,21 @@ def load(settings: Settings, on_event: Callable[[Progress], None] | None = None)
             cache.draft = drafter.new_cache(dtype, cache.slack)
         return cache
 
+    limit = context_limit(weights.config, settings.context if made is None else made.context, dtype)
     return Loaded(
         model=model,
         name=path.resolve().name,
         description=describe(path, weights),
-        context_limit=context_limit(
-            weights.config, settings.context if made is None else made.context, dtype
-        ),
+        context_limit=limit,
         tokenizer=tokenizer,
         new_cache=new_cache,
         kernel=kernels.describe(),
         drafter=drafter,
         plan=made,
         recorder=None if made is None else new_recorder(path, weights.config, made, experts),
+        session_bytes=session_bytes(weights.config, limit, dtype)
+        if made is None
+        else made.session_bytes,
     )
 
 
@@ -142,8 +146,13 @@ def new_recorder(path: Path, config: ModelConfig, made: Plan, experts: Store) ->
 def spare(config: ModelConfig, context: int | None, dtype: torch.dtype) -> int:
     """Bytes to keep from a checkpoint's experts: the cache of a session, a step's activations."""
     tokens = min(context or DEFAULT_CONTEXT, config.max_context)
-    cache = kv_bytes(config, tokens, dtype.itemsize) + restart_bytes(config, dtype.itemsize)
-    return cache + activation_bytes(config, native=kernels.get() is not None)
+    work = activation_bytes(config, native=kernels.get() is not None)
+    return session_bytes(config, tokens, dtype) + work
+
+
+def session_bytes(config: ModelConfig, tokens: int, dtype: torch.dtype) -> int:
+    """Bytes of a session of so many tokens: all that its rings and restart points take too."""
+    return kv_bytes(config, tokens, dtype.itemsize) + restart_bytes(config, dtype.itemsize)
 
 
 def set_threads(threads: int | None) -> None:

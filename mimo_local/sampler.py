@@ -95,6 +95,13 @@ class Sampler:
         return int(ids[min(index, last)])
 
 
+def logprobs_of(logits: Tensor, token: int, n: int) -> tuple[float, tuple[tuple[int, float], ...]]:
+    """Logprob of `token` and the n likeliest ids with theirs, of logits (V,) as they came."""
+    logprobs = logits.log_softmax(0)
+    values, ids = logprobs.topk(min(n, len(logits)))
+    return float(logprobs[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True))
+
+
 def uniform(seed: int, position: int) -> float:
     """A random number in [0, 1) that depends on (seed, position) alone: SplitMix64, 53 bits."""
     return (_mix(_mix(seed) + position * _GOLDEN) >> 11) * 2.0**-53

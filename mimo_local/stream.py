@@ -39,6 +39,11 @@ class Stream:
         """Add an event; the engine's side."""
         self._events.put(event)
 
+    @property
+    def unread(self) -> int:
+        """Events nobody has taken yet, about."""
+        return self._events.qsize()
+
     def __iter__(self) -> Iterator[Event]:
         return self
 

@@ -269,6 +269,11 @@ class FakeSnapshot:
     oldest: int
     stale: bool = False
     nbytes: int = 0
+    low: int = 0
+    rings: object = field(default_factory=object)
+
+    def reach(self, n: int) -> int:
+        return 0 if self.stale or n < self.low else min(n, self.length)
 
 
 class FakeCache:
@@ -308,8 +313,29 @@ class FakeCache:
 
     def snapshot(self) -> FakeSnapshot:
         snapshot = FakeSnapshot(self.length, list(self.held), self.oldest)
+        snapshot.low = self.oldest + self.window if self.oldest else 0
         self._snapshots.append(snapshot)
         return snapshot
+
+    @property
+    def row_bytes(self) -> int:
+        return 8
+
+    @property
+    def used_bytes(self) -> int:
+        return sum(self.nbytes.values())
+
+    def trim(self) -> None:
+        pass
+
+    def fork(
+        self, into: FakeCache, at: FakeSnapshot | None, points: Sequence[FakeSnapshot]
+    ) -> list[FakeSnapshot]:
+        here = at or self.snapshot()
+        into.held, into.oldest = list(here.held), here.oldest
+        copies = [FakeSnapshot(p.length, list(p.held), p.oldest, low=p.low) for p in points]
+        into._snapshots += copies
+        return copies
 
     def restore(self, snapshot: FakeSnapshot) -> None:
         if snapshot.stale or snapshot not in self._snapshots:
@@ -368,7 +394,7 @@ class FakeModel:
     def forward(self, segments: Sequence[Any], *, trace: Any = None) -> torch.Tensor:
         import torch
 
-        rows = []
+        rows, longer = [], []
         for segment in segments:
             held = list(segment.cache.held)
             for token in segment.ids.tolist():
@@ -380,7 +406,9 @@ class FakeModel:
                 self.rows += 1
                 digest = zlib.crc32(repr(held).encode())
                 rows.append([float(len(held)), float(digest % (1 << 20))])
-            segment.cache.extend(held[segment.cache.length :])  # only a whole step is committed
+            longer.append((segment.cache, held[segment.cache.length :]))
+        for cache, new in longer:  # only a whole step is committed
+            cache.extend(new)
         return torch.tensor(rows, dtype=torch.float32)
 
     def prefill(

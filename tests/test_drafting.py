@@ -199,7 +199,8 @@ def test_a_real_model_answers_the_same(
         assert got == wanted
         assert cache.length == plain.length
         for a, b in zip(plain.layers, cache.layers, strict=True):
-            for x, y in zip(a.rows(plain.length)[1:], b.rows(cache.length)[1:], strict=True):
+            rows = (a.rows(plain.length)[1], b.rows(cache.length)[1])
+            for x, y in zip(*(each.values() for each in rows), strict=True):
                 n_both = min(x.shape[0], y.shape[0])  # rings keep a few rows more or less
                 x, y = x[-n_both:], y[-n_both:]
                 # torch rounds the product of one row otherwise than that of several.
@@ -253,6 +254,31 @@ def test_a_chat_that_goes_on_back_and_over_is_the_same(small: Tiny) -> None:
         chats[which] = [*chats[which], *outs[0][0], *dice.choices(range(24), k=4)]
     for engine in engines:
         engine.close()
+
+
+def test_several_at_once_get_what_each_gets_alone_without_drafts(small: Tiny) -> None:
+    """Drafts are verified while one writes alone: in company, and alone again, the same ids."""
+    dice = random.Random(4)
+    asked = [
+        (dice.choices(range(24), k=n), SamplingParams(temperature=0.9, seed=n, max_tokens=most))
+        for n, most in ((30, 60), (9, 12), (300, 40), (50, 5))
+    ]
+    with Engine(small.model, name="tiny", description="", context_limit=600) as engine:
+        alone = [list(engine.submit(None, ids, params)) for ids, params in asked]
+    both = drafting(small.drafter, 2)
+    with Engine(
+        small.model, name="tiny", description="", context_limit=600,
+        new_cache=small.cache, drafting=both,
+    ) as engine:  # fmt: skip
+        streams = [engine.submit(None, ids, params) for ids, params in asked]
+        company = [list(stream) for stream in streams]
+    for one, other in zip(alone, company, strict=True):
+        assert [e.id for e in one if isinstance(e, Token)] == [
+            e.id for e in other if isinstance(e, Token)
+        ]
+    ends = [events[-1] for events in company]
+    drafted = [e.stats.draft.drafted for e in ends if isinstance(e, Done) and e.stats.draft]
+    assert sum(drafted) > 20  # the longest answer went on when the others were over
 
 
 @pytest.mark.parametrize(

@@ -124,11 +124,12 @@ def next_rows(model: Model, cache: KVCache, seed: int = 7) -> torch.Tensor:
 def assert_same(model: Model, one: KVCache, other: KVCache, bound: float = 1e-5) -> None:
     assert one.length == other.length
     for mine, theirs in zip(one.layers, other.layers, strict=True):
-        first, k, v = mine.rows(one.length)
-        first_too, k_too, v_too = theirs.rows(other.length)
+        first, rows = mine.rows(one.length)
+        first_too, rows_too = theirs.rows(other.length)
         skip = max(first, first_too)
-        assert relative(k[skip - first :].float(), k_too[skip - first_too :].float()) < bound
-        assert relative(v[skip - first :].float(), v_too[skip - first_too :].float()) < bound
+        for part, part_too in zip(rows.values(), rows_too.values(), strict=True):
+            part, part_too = part[skip - first :], part_too[skip - first_too :]
+            assert relative(part.float(), part_too.float()) < bound
     assert relative(next_rows(model, one), next_rows(model, other)) < bound
 
 
@@ -395,14 +396,15 @@ def test_a_cancel_anywhere_leaves_the_cache_as_it_was(model: Model, old: int) ->
             by_layers(model, ids_for(model, old, seed=1), each, chunk=30)
     total = asks(model)
     assert total > 5 * 3 + 3 * 8
-    rows = [[t.clone() for t in layer.rows(old)[1:]] for layer in cache.layers]
+    kept = [{k: t.clone() for k, t in layer.rows(old)[1].items()} for layer in cache.layers]
     for at in range(total):
         left = itertools.count()
         with pytest.raises(CancelledError):
             by_layers(model, ids, cache, chunk=30, cancel=lambda left=left, at=at: next(left) == at)
         assert cache.length == old
-        for layer, (k, v) in zip(cache.layers, rows, strict=True):
-            assert torch.equal(layer.rows(old)[1], k) and torch.equal(layer.rows(old)[2], v)
+        for layer, rows in zip(cache.layers, kept, strict=True):
+            now = layer.rows(old)[1]
+            assert all(torch.equal(now[name], part) for name, part in rows.items())
     assert torch.equal(
         by_layers(model, ids, cache, chunk=30), by_layers(model, ids, twin, chunk=30)
     )

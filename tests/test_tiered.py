@@ -103,6 +103,41 @@ def test_the_bits_do_not_depend_on_what_lies_where(
         assert store.meters.misses + store.meters.staged_hits <= 48
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 30), st.integers(0, 10_000), st.booleans())
+def test_others_may_step_through_the_tiers_in_the_middle_of_a_sweep(
+    pack: Path, whole: ExpertStore, slots: int, seed: int, guesses: bool
+) -> None:
+    """What `scheduler` does: a long prompt is read, and others write between its experts."""
+    store, chance = tiered(pack, slots, prefetch="on" if guesses else "off"), random.Random(seed)
+    layer, wrong, asked = chance.choice(LAYERS), list[int](), 0
+
+    def between() -> bool:
+        nonlocal asked
+        asked += 1
+        if asked == 3:
+            with pytest.raises(PackError):  # a step that fails on its way leaves its guesses
+                store.expect(LAYERS[-1], step(1, seed)[1])
+                raise PackError("not this time", hint="again")
+        for at in LAYERS if chance.random() < 0.6 else ():
+            x, ids, w = step(chance.choice([1, 1, 2, 8, 30]), seed + asked + at, gap=0.1)
+            if guesses:
+                store.expect(at, ids[:1, :2])
+            if not torch.equal(store.run(at, x, ids, w), whole.run(at, x, ids, w)):
+                wrong.append(at)
+        return False
+
+    x, ids, w = step(chance.choice([3, 70, 300]), seed)
+    found = store.sweep(layer, x, ids, w, cancel=between)
+    assert asked
+    assert torch.equal(found, whole.sweep(layer, x, ids, w))
+    assert not wrong
+    assert len(store.ram) <= slots
+    store.wait_for_orphans()
+    assert store.ram.ring_left + len(store._ahead) == RING
+    assert 0 <= store.meters.sweep_bytes <= store.meters.disk_bytes
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 30), st.integers(1, 400), st.integers(0, 10_000))
 def test_a_sweep_gives_the_same_bits_and_reads_each_expert_once(

@@ -42,19 +42,21 @@ class _Work:
         self.reads: dict[Key, Read] = {}
         """Begun and not yet used."""
 
-    def begin_reads(self, keys: list[Key]) -> None:
-        """Read from the front of `keys` as far as the ring goes; those begun are taken off."""
+    def begin_reads(self, keys: list[Key], most: int = 1 << 30) -> None:
+        """Read from the front of `keys` as far as the ring goes; those begun are taken off.
+
+        `most`: slots that may be taken at once.
+        """
         store = self.store
-        while keys:
-            slot = store.borrow()
+        while keys and len(self.reads) < most:
+            slot = store.borrow() if self.reads else store.free_slot()
             if slot is None:
-                if not self.reads:  # all slots are with guesses nobody wants: let these land
-                    store.wait_for_orphans()
-                    continue
                 return
-            key = keys.pop(0)
-            view = store.ram.arena.view(slot)
-            self.reads[key] = store.disk.read(key, slot, view, listener=self.landed)
+            self._begin(keys.pop(0), slot)
+
+    def _begin(self, key: Key, slot: int) -> None:
+        view = self.store.ram.arena.view(slot)
+        self.reads[key] = self.store.disk.read(key, slot, view, listener=self.landed)
 
     def next_landed(self, *, block: bool) -> Read | None:
         """A read that has landed; raises what became of it if that is an error."""
@@ -224,14 +226,16 @@ class InOrder(_Work):
     def run(self) -> torch.Tensor:
         """-> (T, D)."""
         missing = self._sort_out()
-        done = 0
+        done, ring = 0, self.store.ram.ring_slots
+        # Whoever is asked whether to stop may step through the tiers meanwhile: half is theirs.
+        most = ring if self.cancel is None else ring // 2
         try:
             while done < len(self.order):
-                self.begin_reads(missing)
-                if self.cancel is not None and self.cancel():
-                    raise CancelledError(
-                        "stopped while reading the prompt", hint="ask again to start over"
-                    )
+                self.begin_reads(missing, most)
+                if self._others_stepped():
+                    missing = self._absent(self.order[done:])
+                if missing and missing[0][1] == self.order[done]:
+                    self._begin(missing.pop(0), self.store.free_slot())
                 batch = self._next_batch(done)
                 self._compute(batch)
                 done += len(batch)
@@ -260,6 +264,20 @@ class InOrder(_Work):
                 meters.misses += self.keep
         return missing
 
+    def _others_stepped(self) -> bool:
+        """Ask whether to stop; whether there were other steps meanwhile."""
+        if self.cancel is None:
+            return False
+        steps = self.store.meters.steps
+        if self.cancel():
+            raise CancelledError("stopped while reading the prompt", hint="ask again to start over")
+        return self.store.meters.steps != steps
+
+    def _absent(self, experts: list[int]) -> list[Key]:
+        """Those that somebody else's step has pushed out, or has not brought."""
+        keys = [(self.layer, e) for e in experts if not self._in_vram(e)]
+        return [k for k in keys if k not in self.reads and k not in self.store.ram]
+
     def _in_vram(self, e: int) -> bool:
         """Whether only the device has it: what lies in RAM too is computed as everywhere."""
         vram, key = self.store.vram, (self.layer, e)
@@ -267,13 +285,15 @@ class InOrder(_Work):
 
     def _slot(self, e: int, *, block: bool) -> int | None:
         """Where the expert lies; None if it has not landed and we may not wait."""
-        held = self.store.ram.slot((self.layer, e))
-        while held is None and e not in self.ready:
+        key = (self.layer, e)
+        if key not in self.reads:  # one that was begun is used, even if another step was faster
+            return self.store.ram.slot(key)
+        while e not in self.ready:
             read = self.next_landed(block=block)
             if read is None:
                 return None
             self.ready[read.key[1]] = read.slot
-        return self.ready[e] if held is None else held
+        return self.ready[e]
 
     def _next_batch(self, done: int) -> list[tuple[int, int]]:
         """The next experts that are at hand, at least one, and the slots they lie in."""
@@ -325,7 +345,8 @@ class InOrder(_Work):
         if self.ready.pop(e, None) is None:
             return
         read = self.reads.pop(key)
-        if self.keep or e in self.worth:
+        worth = e in self.worth and store.ram.room(self.layer) > 0
+        if (self.keep or worth) and key not in store.ram:
             busy = {(self.layer, other) for other in later} if self.keep else ()
             store.meters.evictions += store.ram.keep(key, read.slot, busy)
         else:

@@ -83,6 +83,8 @@ class TieredStore(Store):
         self._ahead: dict[Key, Read] = {}
         self._orphans: list[Read] = []
         self._step_s, self._step_rows = 0.0, 0
+        self._stepped = 0
+        """Bytes read for steps, not for sweeps."""
 
     # ---- what the model asks ---------------------------------------------------------------------
 
@@ -118,7 +120,7 @@ class TieredStore(Store):
 
         PackError if an expert cannot be read: nothing was computed from it, and the store goes on.
         """
-        start = time.perf_counter()
+        start, before = time.perf_counter(), self.disk.bytes_read
         if self._watcher is not None:
             self._watcher(layer, ids)
         if layer == self._first:
@@ -133,9 +135,10 @@ class TieredStore(Store):
         finally:
             self.drop_guesses(layer)
             self.meters.disk_bytes = self.disk.bytes_read
+            self._stepped += self.disk.bytes_read - before
             self._step_s += time.perf_counter() - start
             if layer == self._last:
-                self._end_step()
+                self._end_step(x.shape[0])
 
     def sweep(
         self,
@@ -150,13 +153,14 @@ class TieredStore(Store):
         if self._watcher is not None:
             self._watcher(layer, ids)
         self._heed_pressure()  # a long prompt is one step of many seconds
-        before = self.disk.bytes_read
+        before, stepped = self.disk.bytes_read, self._stepped
         try:
             return InOrder(self, layer, x.contiguous(), ids, w, keep=False, cancel=cancel).run()
         finally:
             self.drop_guesses(layer)
             self.meters.disk_bytes = self.disk.bytes_read
-            self.meters.sweep_bytes += self.disk.bytes_read - before
+            others = self._stepped - stepped
+            self.meters.sweep_bytes += self.disk.bytes_read - before - others
 
     # ---- guesses ---------------------------------------------------------------------------------
 
@@ -205,6 +209,15 @@ class TieredStore(Store):
         self._reclaim()
         return self.ram.borrow() if self.ram.ring_left else None
 
+    def free_slot(self) -> int:
+        """A ring slot, waiting for one if need be."""
+        while (slot := self.borrow()) is None:
+            if not self._orphans:  # a step that failed has left its guesses
+                for layer in {key[0] for key in self._ahead}:
+                    self.drop_guesses(layer)
+            self.wait_for_orphans()
+        return slot
+
     def wait_for_orphans(self) -> None:
         """Until dropped reads have landed and their slots are back in the ring."""
         self.disk.wait(self._orphans)
@@ -219,9 +232,10 @@ class TieredStore(Store):
         self._step_s, self._step_rows = 0.0, rows
         self._heed_pressure()
 
-    def _end_step(self) -> None:
-        # Here, because the next step's first guesses come before its first layer.
-        if self._prefetch == "auto" and self._step_rows <= FEW_ROWS:
+    def _end_step(self, rows: int) -> None:
+        # Here, because the next step's first guesses come before its first layer. A step that
+        # others have stepped into took longer than it would have.
+        if self._prefetch == "auto" and rows == self._step_rows <= FEW_ROWS:
             self.trial.observe(self._step_s, self._step_rows)
 
     def _heed_pressure(self) -> None:

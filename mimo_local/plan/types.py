@@ -204,8 +204,12 @@ class Plan:
         """RAM besides the main model: keys and values, drafting, activations, long prompts."""
         found = self.placement
         drafter = sum(found.ram.get(name, 0) for name in DRAFTER)
-        kept = found.ram.get("KV cache", 0) + found.restarts
-        return kept + drafter + found.work + found.hidden_bytes
+        return self.session_bytes + drafter + found.work + found.hidden_bytes
+
+    @property
+    def session_bytes(self) -> int:
+        """What sessions may take together: a context's keys and values, its restart points."""
+        return self.placement.ram.get("KV cache", 0) + self.placement.restarts
 
     @property
     def ram_bytes(self) -> int:
