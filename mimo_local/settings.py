@@ -60,6 +60,11 @@ class Paths:
         """The saved chats; may not exist."""
         return self.data_dir / "history.db"
 
+    @property
+    def recipes_dir(self) -> Path:
+        """The user's own recipes; may not exist."""
+        return self.config_dir / "recipes"
+
     def first_pack(self) -> Path | None:
         """The first finished pack in `packs_dir` by name, or None."""
         if not self.packs_dir.is_dir():

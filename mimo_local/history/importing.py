@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Final, TypeGuard, cast
 
@@ -153,7 +153,8 @@ def _figures(stats: dict[str, Any]) -> dict[str, Any]:
     return {
         name: value
         for name, value in stats.items()
-        if isinstance(value, int | float | str) and len(str(value)) < 100
+        if isinstance(value, str) or (isinstance(value, int | float) and math.isfinite(value))
+        if len(str(value)) < 100
     }
 
 
@@ -249,17 +250,24 @@ def _chatgpt(data: dict[str, Any], where: str) -> Imported:
         created=_seconds(data.get("create_time"), where),
         updated=_seconds(data.get("update_time"), where),
     )
-    # Node -> the message children attach to: its own, or that of the nearest kept one above it.
+    # Node -> the message its children attach to: its own, or that of the nearest kept one above;
+    # and the thinking that waits for the answer below it.
     places: dict[str, int | None] = {}
+    thoughts: dict[str, str] = {}
     for start in mapping:
         for name in reversed(_unplaced(mapping, start, places, where)):
             node = mapping[name]
             above = node.get("parent")
-            parent = places[above] if isinstance(above, str) and above in mapping else None
+            above = above if isinstance(above, str) and above in mapping else ""
+            parent, thought = places.get(above), thoughts.get(above, "")
             entry = _node(node.get("message"), parent, f"{where}, node {name[:40]!r}")
-            if entry is None:
+            if entry is None or not entry.message.content.strip():
+                own = entry.message.reasoning if entry else ""
                 places[name] = parent
+                thoughts[name] = "\n\n".join(filter(None, (thought, own)))
                 continue
+            if entry.message.role == "assistant":
+                entry.message = replace(entry.message, reasoning=thought)
             entry.created = entry.created or chat.created
             places[name] = len(chat.messages)
             chat.messages.append(entry)

@@ -19,6 +19,8 @@ from mimo_local.errors import HistoryError
 from mimo_local.history.words import spaced
 
 APPLICATION_ID: Final = 0x6D696D6F  # "mimo", in the file's header: `file history.db` shows it
+OLDEST = (3, 35, 0)
+"""RETURNING."""
 BUSY_S = 5.0
 """How long to wait for another process that is writing; its transactions take milliseconds."""
 
@@ -102,6 +104,11 @@ MIGRATIONS: tuple[str, ...] = (_VERSION_1,)
 
 def connect(path: Path) -> sqlite3.Connection:
     """An open connection to a history of today's version, made or migrated if need be."""
+    if sqlite3.sqlite_version_info < OLDEST:
+        raise HistoryError(
+            f"this Python's sqlite is {sqlite3.sqlite_version}; saved chats need 3.35",
+            hint="use a newer Python: they bring their own sqlite",
+        )
     with guarded(path):
         _make(path)
         db = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)

@@ -26,7 +26,7 @@ TITLE_WEIGHT = 8.0
 """A word in a title counts as much as eight in a message."""
 
 
-NEWEST = 4000
+NEWEST = 2000
 """Messages that are ranked, of those that match: for a word that stands in nearly every message,
 ranking 20,000 takes 20 ms, and the user is still typing."""
 _SCORED = f"SELECT rowid, bm25(search, {TITLE_WEIGHT}, 1.0) AS score FROM search"
@@ -35,7 +35,7 @@ SELECT rowid FROM (
     SELECT * FROM ({_SCORED} WHERE search MATCH ?1 AND rowid < 0)
     UNION ALL
     SELECT * FROM ({_SCORED} WHERE search MATCH ?1 AND rowid > 0 ORDER BY rowid DESC LIMIT {NEWEST})
-) ORDER BY score, rowid DESC LIMIT ?2"""
+) ORDER BY score, abs(rowid) DESC LIMIT ?2"""
 
 
 class History:
@@ -207,7 +207,8 @@ class History:
             )
         leaf = ids[chat.leaf] if ids else None
         db.execute(
-            "UPDATE chats SET turn = turn + 1, leaf = ?, updated = ?, model = ? WHERE id = ?",
+            "UPDATE chats SET turn = turn + 1, leaf = ?1, updated = ?2,"
+            " model = iif(?3 = '', model, ?3) WHERE id = ?4",
             (leaf, chat.updated, clean(chat.model), new),
         )
         db.execute(
@@ -276,7 +277,7 @@ class History:
         query, wanted = words.match(text), words.pattern(text)
         if not text.strip():
             return []
-        with self._read() as db:
+        with self._snapshot() as db:
             if query:
                 rows = db.execute(_SEARCH, (query, limit)).fetchall()
             else:  # nothing but punctuation: not in the index
@@ -321,12 +322,12 @@ class History:
             yield self._db
 
     @contextmanager
-    def _snapshot(self) -> Iterator[None]:
+    def _snapshot(self) -> Iterator[sqlite3.Connection]:
         """Several readings of one state, whatever another process writes meanwhile."""
         with self._read() as db:
             db.execute("BEGIN")
             try:
-                yield
+                yield db
             finally:
                 with suppress(sqlite3.Error):
                     db.execute("ROLLBACK")
