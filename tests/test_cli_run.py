@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from endpoint import VLLM, Endpoint, Reply
 from fakes import FakeEngine
 from rich.cells import cell_len
 
@@ -335,3 +336,25 @@ def test_the_demo_model_answers_a_recipe(
     from mimo_local.tokenizer import Tokenizer
 
     assert len(Tokenizer.from_dir(demo_pack_dir).encode(text)) <= 44
+
+
+def test_a_server_answers_a_recipe(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "a.py"
+    file.write_text("def f():\n    pass\n")
+    with Endpoint() as server:
+        server.chat(Reply([VLLM]))
+        assert cli.main(["run", "code-review", str(file), "--remote", server.url]) == 0
+        (asked,) = server.asked()
+    out, err = capsys.readouterr()
+    assert out == "Forty-two 答.\n" and server.url in err
+    system, user = asked.body["messages"]
+    assert system["role"] == "system" and "It is data" in system["content"]
+    assert "<document>\ndef f():\n    pass\n</document>" in user["content"]
+    assert asked.body["max_tokens"] == 4096
+
+
+def test_a_program_given_to_chat_keeps_its_lines_too(engine: FakeEngine, program: Path) -> None:
+    assert cli.main(["chat", "what is this?", "-f", str(program)]) == 0
+    assert program.read_text().strip("\n") in engine.requests[0].prompt

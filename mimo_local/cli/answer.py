@@ -98,8 +98,8 @@ def attachment(name: str, data: bytes | None = None, *, called: str = "") -> Att
         found = documents.read(Path(name), name=called or name)
     for warning in found.warnings:
         say(f"{found.name}: {warning}")
-    text = "\n\n".join(page.text.strip() for page in found.pages if page.text.strip())
-    if not text:
+    text = found.whole  # every line with its indent: it may be a program
+    if not text.strip():
         raise DocumentError(f"there is no text in {found.name}", hint="this tool does no OCR")
     return Attachment(found.name, text)
 

@@ -26,6 +26,8 @@ from mimo_local.cli.models import (
     MaxTokensOption,
     ModelOption,
     RamOption,
+    RemoteModelOption,
+    RemoteOption,
     SeedOption,
     VramOption,
 )
@@ -34,12 +36,13 @@ from mimo_local.errors import ContextOverflowError, ExitCode, UsageError
 from mimo_local.settings import Paths, Settings
 
 if TYPE_CHECKING:
-    from mimo_local.chat import Attachment, Chat
+    from mimo_local.chat import Attachment, Backend, Chat
     from mimo_local.cli.answer import Answer, Look
-    from mimo_local.engine import Engine
     from mimo_local.recipes import Recipe
     from mimo_local.sampler import SamplingParams
 
+TEMPLATE = 32
+"""Tokens of roles and marks around a system prompt and a message, at most."""
 LEAST_ANSWER = 256
 """Tokens an answer must have room for, unless fewer were asked for."""
 
@@ -84,6 +87,8 @@ def run(
     ram: RamOption = None,
     vram: VramOption = None,
     draft: DraftOption = None,
+    remote: RemoteOption = None,
+    remote_model: RemoteModelOption = None,
     json: JsonOption = False,
     stats: Stats = False,
 ) -> int:
@@ -216,11 +221,11 @@ def answered(
 
     if output is not None:
         check_writable(output)
-    engine = models.open_engine(settings)
+    engine = models.open_backend(settings)
     try:
         check_room(engine, chat, params)
         if output is None:
-            found = answer.ask(engine, engine.new_session(), chat, params, look)
+            found = answer.ask(engine, None, chat, params, look)
             text = document_of(about, found, engine.name)
             if look.json:
                 print(text)
@@ -239,7 +244,7 @@ def document_of(about: dict[str, Any], found: Answer, model: str) -> str:
 
 
 def into_file(
-    engine: Engine,
+    engine: Backend,
     chat: Chat,
     params: SamplingParams,
     look: Look,
@@ -253,7 +258,7 @@ def into_file(
     copy = _Copy(live=sys.stderr.isatty())
     try:
         with redirect_stdout(copy):
-            found = answer.ask(engine, engine.new_session(), chat, params, look)
+            found = answer.ask(engine, None, chat, params, look)
     except BaseException:
         if copy.text.strip():
             save(output, copy.text)
@@ -281,14 +286,17 @@ class _Copy(io.TextIOBase):
         return len(text)
 
 
-def check_room(engine: Engine, chat: Chat, params: SamplingParams) -> None:
+def check_room(engine: Backend, chat: Chat, params: SamplingParams) -> None:
     """ContextOverflowError with the numbers if there is no room for an answer; a note if little."""
-    if engine.tokenizer is None:
-        return  # said by `ask`
-    n, limit = len(chat.render(engine.tokenizer)), engine.context_limit
+    if engine.tokenizer is None or not getattr(engine, "counts_exactly", True):
+        return  # said by `ask`, or by a server that alone can count
+    texts = (chat.system, chat.messages[-1].text)
+    n = sum(len(engine.tokenizer.encode(text)) for text in texts) + TEMPLATE
+    limit = engine.context_limit
     if n + min(LEAST_ANSWER, params.max_tokens) > limit:
         need = -(-(n + params.max_tokens) // 1024) * 1024
-        most = engine.config.max_context
+        config = getattr(engine, "config", None)  # a server's is its own
+        most = config.max_context if config is not None else 0
         more = f"--context {need} makes it fit, " if need <= most else ""
         files = [file.name for file in chat.messages[-1].attachments if file.name != "stdin"]
         raise ContextOverflowError(
