@@ -38,6 +38,8 @@ class Snapshot:
     """What the cache's `draft` gave."""
     low: int = 0
     """Fewest rows it can bring back by a cut after it: as its rings hold rows to spare."""
+    saved: object = None
+    """Whatever tells where it lies on disk, for whoever saved it."""
     stale: bool = False
 
     @property
@@ -214,7 +216,11 @@ class KVCache:
         return self.adopt(self.length, rings, draft)
 
     def adopt(
-        self, length: int, rings: dict[int, tuple[int, Rows]], draft: tuple[int, Rows] | None
+        self,
+        length: int,
+        rings: dict[int, tuple[int, Rows]],
+        draft: tuple[int, Rows] | None,
+        saved: object = None,
     ) -> Snapshot:
         """A restart point of this cache made of another one's: the same ids led to it."""
         firsts = [
@@ -223,7 +229,7 @@ class KVCache:
             if isinstance(layer := self.layers[i], RingKV)
         ]
         low = max((first + need for first, need in firsts if first), default=0)
-        snapshot = Snapshot(length, rings, draft, low)
+        snapshot = Snapshot(length, rings, draft, low, saved)
         self._snapshots.add(snapshot)
         return snapshot
 
@@ -233,6 +239,7 @@ class KVCache:
         A restart point that was adopted then makes them count.
         """
         self.clear()
+        self._peak = max(self._peak, n)
         return {i: ly.blank(0, n) for i, ly in enumerate(self.layers) if isinstance(ly, FullKV)}
 
     def fork(
@@ -247,7 +254,7 @@ class KVCache:
             for name, part in self.layers[i].rows(here.length)[1].items():
                 rows[name].copy_(part)
         into.restore(into.adopt(here.length, here.rings, here.draft))
-        return [into.adopt(point.length, point.rings, point.draft) for point in points]
+        return [into.adopt(p.length, p.rings, p.draft, p.saved) for p in points]
 
     def trim(self) -> None:
         """Give back the memory of rows the cache went back from, if that is worth a copy."""

@@ -1,0 +1,396 @@
+"""Sessions to files and back: rows are written once, in pieces, and read into their final place.
+
+What a session has already on disk it keeps there: saving it again writes the rows that came since
+and the restart points that are new, and a branch shares its beginning with the others. Knows which
+bytes of a cache go where; the folder's rules are `session_store`'s, when to save and what to load
+`session_pool`'s. Only the engine's thread calls it: a save asks between chunks whether to stop.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import secrets
+import time
+import weakref
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Final
+
+import torch
+
+from mimo_local import kernels
+from mimo_local.cache import KVCache, Snapshot
+from mimo_local.cache_layers import FullKV, RingKV, Rows
+from mimo_local.errors import DiskSpaceError, MimoError, PackError
+from mimo_local.session import Session, common_prefix
+from mimo_local.session_store import VERSION, Piece, Saved, SessionStore, write_all
+from quant.tensorfile import bytes_of
+
+BLOCK: Final = 4096
+"""Positions of a piece, at most: 94 MB for the real model. A stopped save keeps finished ones."""
+FEW: Final = 4
+"""Smaller pieces that may lie within one block before they are written anew as one."""
+CHUNK: Final = 16 << 20
+"""Bytes written and made durable at a time: 10-20 ms on an SSD, which is how long a stop takes."""
+READ: Final = 1 << 20
+"""Bytes read at a time, then summed up while they are in the processor's cache."""
+POINTS: Final = 3
+"""Restart points always saved; others while they take a quarter of the rows' bytes at most."""
+MUTE: Final = 600.0
+"""Seconds without another try after the disk refused."""
+TITLE: Final = 80
+
+
+class _Stopped(Exception):
+    """A request came while a session was being saved."""
+
+
+@dataclass
+class _Record:
+    """What of a session lies on disk."""
+
+    rows: list[Piece] = field(default_factory=list)
+    held: int = 0
+    """Positions they hold as the session has them: a piece shared with a branch may go on."""
+    saved: Saved | None = None
+
+
+class SessionFiles:
+    """Saves and loads the sessions of one model in one folder."""
+
+    def __init__(
+        self,
+        store: SessionStore,
+        new_cache: Callable[[], KVCache],
+        *,
+        model: str,
+        weights: str,
+        describe: Callable[[list[int]], str] | None = None,
+    ) -> None:
+        """`weights`: see `session_store.weights_key`; `describe`: ids to a line for people."""
+        self.store, self.trouble = store, ""
+        self._new_cache, self._model, self._describe = new_cache, model, describe
+        self._fingerprint = fingerprint(new_cache(), weights)
+        self._records: weakref.WeakKeyDictionary[Session, _Record] = weakref.WeakKeyDictionary()
+        self._refused: set[str] = set()
+        self._mute_until = 0.0
+
+    def find(self, ids: list[int]) -> tuple[Saved, int] | None:
+        """The saved session that brings back most of `ids`, and how many; fewer than all."""
+        best: tuple[Saved, int] | None = None
+        for saved in self.store.sessions():
+            if saved.fingerprint != self._fingerprint or saved.id in self._refused:
+                continue
+            kept = saved.usable_prefix(min(common_prefix(saved.ids, ids), len(ids) - 1))
+            if kept and (best is None or kept >= best[1]):
+                best = saved, kept
+        return best
+
+    def load(self, saved: Saved, n: int) -> Session:
+        """A session with the first n ids of a saved one, where `find` said it can bring back n.
+
+        PackError for whatever is not as it was written; such a session is removed.
+        """
+        try:
+            session = self._load(saved, n)
+        except PackError:
+            self.forget(saved)
+            raise
+        self.store.touch(saved)
+        return session
+
+    def forget(self, saved: Saved) -> None:
+        """Remove one that is damaged, and never look at it again."""
+        self._refused.add(saved.id)
+        try:
+            self.store.remove(saved.id)
+        except (OSError, MimoError) as error:
+            self._give_up(error)
+
+    def unsaved(self, session: Session) -> int:
+        """Ids that would have to be read again if it were dropped now."""
+        record = self._records.get(session)
+        if record is None or record.saved is None:
+            return len(session.ids)
+        return len(session.ids) - min(session.untouched, len(record.saved.ids))
+
+    def inherit(self, parent: Session, child: Session) -> None:
+        """`child` is a fork of `parent`: what that has on disk is its own, too."""
+        if (record := self._records.get(parent)) is not None:
+            child.untouched = min(parent.untouched, len(child.ids))
+            self._records[child] = _Record(list(record.rows), record.held, record.saved)
+
+    def save(self, session: Session, busy: Callable[[], bool]) -> bool:
+        """Save what is not saved yet; False if `busy` said to stop, or it could not be: `trouble`.
+
+        Finished pieces of a stopped save are not written again by the next.
+        """
+        if not session.ids or time.monotonic() < self._mute_until:
+            return False
+        try:
+            self._save(session, busy)
+        except _Stopped:
+            return False
+        except (OSError, MimoError) as error:
+            self._give_up(error)
+            return False
+        self.trouble = ""
+        return True
+
+    # ---- saving ----------------------------------------------------------------------------------
+
+    def _save(self, session: Session, busy: Callable[[], bool]) -> None:
+        record = self._records.setdefault(session, _Record())
+        n = len(session.ids)
+        extends = record.saved is not None and session.untouched >= len(record.saved.ids)
+        if not extends:
+            record.saved = None
+        start = min(record.held, session.untouched)
+        rows = [piece for piece in record.rows if piece.first < start]
+        session.untouched = n
+        session.remember()
+        points = self._points(session)
+        lacking = [point for point in points if not isinstance(point.saved, Piece)]
+        row_bytes = session.cache.row_bytes
+        self.store.check_room(
+            (n - start) * row_bytes + sum(point.nbytes for point in lacking),
+            n * row_bytes + sum(point.nbytes for point in points),
+        )
+        self.store.prepare()
+        record.rows, record.held = _merged(rows, start)
+        while (start := record.held) < n:
+            end = min((start // BLOCK + 1) * BLOCK, n)
+            parts = [part[start:end] for part in _full(session.cache, n)]
+            record.rows.append(self._write(".rows", parts, busy, first=start, last=end))
+            record.held = end
+        for point in lacking:
+            starts, parts = _of_point(point)
+            point.saved = self._write(
+                ".point", parts, busy, first=0, last=point.length, starts=starts, low=point.low
+            )
+        self._commit(session, record, points)
+
+    def _commit(self, session: Session, record: _Record, points: Sequence[Snapshot]) -> None:
+        before = record.saved
+        saved = Saved(
+            id=secrets.token_hex(4) if before is None else before.id,
+            model=self._model,
+            fingerprint=self._fingerprint,
+            ids=list(session.ids),
+            title=before.title if before is not None else self._title(session.ids),
+            rows=tuple(record.rows),
+            points=tuple(point.saved for point in points if isinstance(point.saved, Piece)),
+        )
+        try:
+            record.saved = self.store.commit(saved)
+        except PackError:
+            # Somebody removed a piece to make room: all of it is written anew the next time.
+            record.rows, record.held, record.saved = [], 0, None
+            for point in points:
+                point.saved = None
+            raise
+
+    def _points(self, session: Session) -> list[Snapshot]:
+        """Restart points to save, earliest first."""
+        kept: list[Snapshot] = []
+        room = len(session.ids) * session.cache.row_bytes // 4
+        for point in reversed(session.points):
+            room -= point.nbytes
+            if len(kept) < POINTS or room >= 0:
+                kept.insert(0, point)
+        return kept
+
+    def _write(
+        self,
+        suffix: str,
+        parts: list[torch.Tensor],
+        busy: Callable[[], bool],
+        *,
+        first: int,
+        last: int,
+        starts: dict[str, int] | None = None,
+        low: int = 0,
+    ) -> Piece:
+        """One new file; _Stopped if `busy`, and then there is none."""
+        crcs, waiting = [], 0
+        with self.store.new_file(suffix) as (fd, name):
+            for part in parts:
+                part = part.contiguous().cpu()
+                crcs.append(_crc32(part))
+                data = bytes_of(part)
+                for at in range(0, len(data), CHUNK):
+                    piece = data[at : at + CHUNK]
+                    write_all(fd, piece)
+                    waiting += len(piece)
+                    if waiting >= CHUNK:
+                        os.fdatasync(fd)
+                        waiting = 0
+                        if busy():
+                            raise _Stopped
+            os.fdatasync(fd)
+            _leave_page_cache(fd)
+            if busy():
+                raise _Stopped
+        nbytes = sum(part.nbytes for part in parts)
+        return Piece(name, first, last, nbytes, tuple(crcs), starts or {}, low)
+
+    def _title(self, ids: list[int]) -> str:
+        if self._describe is None:
+            return ""
+        return " ".join(self._describe(ids).split())[:TITLE]
+
+    def _give_up(self, error: Exception) -> None:
+        if not isinstance(error, DiskSpaceError):  # found out before anything is written
+            self._mute_until = time.monotonic() + MUTE
+        if isinstance(error, OSError):
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            reason = "the disk is full" if full else error.strerror or str(error)
+            self.trouble = f"sessions cannot be saved in {self.store.folder}: {reason}"
+        else:
+            self.trouble = f"a session was not saved: {error}"
+
+    # ---- loading ---------------------------------------------------------------------------------
+
+    def _load(self, saved: Saved, n: int) -> Session:
+        at = min(
+            (p for p in saved.points if min(n, p.last) == n and n >= p.low), key=lambda p: p.last
+        )
+        session = Session(self._new_cache)
+        cache = session.cache
+        pieces = [piece for piece in saved.rows if piece.first < at.last]
+        for piece in pieces:
+            if piece.nbytes != (piece.last - piece.first) * cache.row_bytes:
+                raise PackError(f"{piece.name} is not as long as its rows", hint=_HINT)
+        cache.blank(max(piece.last for piece in pieces))
+        for piece in pieces:
+            top = max(piece.last, at.last)
+            self._read(piece, [part[piece.first : piece.last] for part in _full(cache, top)])
+        points = [self._point(cache, p) for p in saved.points if p.last <= at.last]
+        session.resume(saved.ids, points)
+        session.untouched = len(session.ids)
+        self._records[session] = _Record(pieces, len(session.ids), saved)
+        session.rewind(n)
+        return session
+
+    def _point(self, cache: KVCache, piece: Piece) -> Snapshot:
+        """Read a restart point; every claim checked: rows that do not fit would be written past."""
+        rings: dict[int, tuple[int, Rows]] = {}
+        draft: tuple[int, Rows] | None = None
+        parts: list[torch.Tensor] = []
+        for i, layer in enumerate(cache.layers):
+            if isinstance(layer, RingKV):
+                first = piece.starts.get(str(i), -1)
+                least = max(0, piece.last - layer.need)
+                if not max(0, piece.last - layer.keep) <= first <= least:
+                    raise PackError(f"{piece.name}: rows that do not fit layer {i}", hint=_HINT)
+                rings[i] = first, _like(layer.stored, piece.last - first)
+                parts += rings[i][1].values()
+        if cache.draft is not None and "draft" in piece.starts:
+            first, count = piece.starts["draft"], piece.starts.get("draft rows", 0)
+            like = cache.draft.snapshot()[1]
+            if first + count > piece.last or count > cache.config.max_context:
+                raise PackError(f"{piece.name}: rows that do not fit drafting", hint=_HINT)
+            draft = first, _like(like, count)
+            parts += draft[1].values()
+        self._read(piece, parts)
+        return cache.adopt(piece.last, rings, draft, piece)
+
+    def _read(self, piece: Piece, parts: list[torch.Tensor]) -> None:
+        """Fill `parts` with a file's bytes; PackError unless they are those once written."""
+        if [sum(p.nbytes for p in parts), len(parts)] != [piece.nbytes, len(piece.crcs)]:
+            raise PackError(f"{piece.name} is not as long as its rows", hint=_HINT)
+        fd = self.store.open(piece)
+        try:
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+            for part, crc in zip(parts, piece.crcs, strict=True):
+                if _read_into(fd, part) != crc:
+                    raise PackError(f"{piece.name} is damaged", hint=_HINT)
+            _leave_page_cache(fd)
+        except OSError as e:
+            raise PackError(f"{piece.name} cannot be read: {e.strerror}", hint=_HINT) from e
+        finally:
+            os.close(fd)
+
+
+_HINT: Final = "nothing to do: it is removed, and the text is read again"
+
+
+def fingerprint(cache: KVCache, weights: str) -> str:
+    """Who can use saved rows: the same weights, config, window and way to store rows."""
+    layout = [
+        [layer.kind, *((n, str(p.dtype), list(p.shape[1:])) for n, p in layer.stored.items())]
+        for layer in cache.layers
+    ]
+    kept = None
+    if cache.draft is not None:
+        kept = [(n, str(p.dtype), list(p.shape[1:])) for n, p in cache.draft.snapshot()[1].items()]
+    facts = [VERSION, weights, asdict(cache.config), cache.slack, layout, kept]
+    return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
+
+
+def _merged(rows: list[Piece], start: int) -> tuple[list[Piece], int]:
+    """Where to go on writing: at the block's beginning if there are many small pieces in it."""
+    block = start // BLOCK * BLOCK
+    small = [piece for piece in rows if piece.first >= block]
+    if len(small) < FEW:
+        return rows, start
+    return [piece for piece in rows if piece.first < block], block
+
+
+def _full(cache: KVCache, n: int) -> Iterator[torch.Tensor]:
+    """Rows 0 .. n of every part of every full layer, in the order of files."""
+    for layer in cache.layers:
+        if isinstance(layer, FullKV):
+            yield from layer.rows(n)[1].values()
+
+
+def _of_point(point: Snapshot) -> tuple[dict[str, int], list[torch.Tensor]]:
+    starts = {str(i): first for i, (first, _) in point.rings.items()}
+    parts = [part for _, rows in point.rings.values() for part in rows.values()]
+    if point.draft is not None:
+        first, rows = point.draft
+        starts |= {"draft": first, "draft rows": next(iter(rows.values())).shape[0]}
+        parts += rows.values()
+    return starts, parts
+
+
+def _like(rows: Rows, n: int) -> Rows:
+    with torch.inference_mode(False):
+        return {name: part.new_empty((n, *part.shape[1:])) for name, part in rows.items()}
+
+
+def _crc32(part: torch.Tensor) -> int:
+    native = kernels.get()
+    if native is None or not part.nbytes:
+        return zlib.crc32(bytes_of(part))
+    return native.crc32(part.data_ptr(), part.nbytes)
+
+
+def _read_into(fd: int, part: torch.Tensor) -> int:
+    """Fill a tensor from where the file stands -> crc32. OSError, PackError at an early end."""
+    if not part.is_contiguous() or part.device.type != "cpu":
+        blank = torch.empty_like(part, device="cpu", memory_format=torch.contiguous_format)
+        crc = _read_into(fd, blank)
+        part.copy_(blank)
+        return crc
+    native, data, crc, at = kernels.get(), bytes_of(part), 0, 0
+    address = part.data_ptr()
+    while at < len(data):
+        got = os.readv(fd, [data[at : at + READ]])
+        if not got:
+            raise PackError("a file of saved rows ends early", hint=_HINT)
+        if native is None:
+            crc = zlib.crc32(data[at : at + got], crc)
+        else:
+            crc = native.crc32(address + at, got, crc)
+        at += got
+    return crc
+
+
+def _leave_page_cache(fd: int) -> None:
+    """The session is in memory already, or the model needs that memory more."""
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
