@@ -27,7 +27,8 @@ from mimo_local.cache import KVCache, Snapshot
 from mimo_local.cache_layers import FullKV, RingKV, Rows
 from mimo_local.errors import DiskSpaceError, MimoError, PackError
 from mimo_local.session import Session, common_prefix
-from mimo_local.session_store import VERSION, Piece, Saved, SessionStore, write_all
+from mimo_local.session_manifest import VERSION, Piece, Saved
+from mimo_local.session_store import SessionStore, write_all
 from quant.tensorfile import bytes_of
 
 BLOCK: Final = 4096

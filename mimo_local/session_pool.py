@@ -2,8 +2,8 @@
 
 A request brings ids and no name of a chat: `take` gives the session that has processed most of
 them, as a copy where other people's words would be lost otherwise. Not for several threads: only
-the engine's thread calls it. What rested for a while lies on disk too (`session_files`): a chat goes
-after a restart, or after it made room for others. Knows no text and no model.
+the engine's thread calls it. What rested for a while lies on disk too (`session_files`): a chat may
+go on after a restart, or after it made room for others. Knows no text and no model.
 """
 
 from __future__ import annotations

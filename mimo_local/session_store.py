@@ -11,24 +11,20 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import os
 import secrets
 import shutil
 import time
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final, Literal, TypeAlias
+from typing import Final
 
 from mimo_local.errors import DiskSpaceError, MimoError, PackError
+from mimo_local.session_manifest import Piece, Saved, State, parsed, written
 from mimo_local.settings import PACK_MANIFEST
 
-VERSION: Final = 1
-"""Of manifests; those of another one are left alone until they are the longest unused."""
-MAGIC: Final = "mimo-session"
 SUFFIXES: Final = (".session", ".rows", ".point")
 DEFAULT_SIZE: Final = 10_000_000_000
 FREE_SHARE: Final = 10
@@ -38,56 +34,7 @@ DISK_RESERVE: Final = 1_000_000_000
 ORPHAN_AGE: Final = 3600.0
 """Seconds after which a piece no manifest names is nobody's: its writer gave up or died."""
 LOCK_WAIT: Final = 2.0
-State: TypeAlias = Literal["damaged", "foreign"]
 _HINT: Final = "delete it with `mimo sessions rm`: the chat can be read again from its text"
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """One file of rows: positions `first` .. `last`, in the order of layers and their parts."""
-
-    name: str
-    first: int
-    last: int
-    nbytes: int
-    crcs: tuple[int, ...]
-    """crc32 of each tensor."""
-    starts: dict[str, int] = field(default_factory=dict)
-    """Of a restart point: first position per layer, and "draft"."""
-    low: int = 0
-    """Of a restart point: see `cache.Snapshot`."""
-
-
-@dataclass(frozen=True, slots=True)
-class Saved:
-    """A manifest."""
-
-    id: str
-    model: str
-    """What people call it."""
-    fingerprint: str
-    """Who can use the rows: model, weights, dtype, window, format."""
-    ids: list[int] = field(repr=False)
-    title: str
-    rows: tuple[Piece, ...]
-    points: tuple[Piece, ...]
-    """Restart points, earliest first."""
-    used: float = 0.0
-    """When it was last saved or continued, in seconds since 1970."""
-
-    @property
-    def pieces(self) -> tuple[Piece, ...]:
-        """All files but the manifest."""
-        return self.rows + self.points
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its pieces, shared or not."""
-        return sum(piece.nbytes for piece in self.pieces)
-
-    def usable_prefix(self, common: int) -> int:
-        """How many of the first `common` ids, which are ours too, it can bring back."""
-        return max((min(common, p.last) for p in self.points if common >= p.low), default=0)
 
 
 class SessionStore:
@@ -199,11 +146,8 @@ class SessionStore:
             for piece in saved.pieces:
                 os.close(self.open(piece))
             before = next((s for s in self.sessions() if s.id == saved.id), None)
-            body = json.dumps({"version": VERSION, **asdict(saved)}, separators=(",", ":"))
-            data = body.encode()
-            head = f"{MAGIC} {zlib.crc32(data):08x}\n".encode()
             with self.new_file(".manifest") as (fd, name):
-                write_all(fd, memoryview(head + data))
+                write_all(fd, memoryview(written(saved)))
             self._path(name).replace(self._path(saved.id + ".session"))
             self._sync()
             self._drop_pieces(before.pieces if before else ())
@@ -325,14 +269,10 @@ class SessionStore:
     def _read(self, name: str, when: float) -> Saved | State:
         """A manifest, or why it is none for us: somebody else's are as those of other versions."""
         try:
-            head, _, body = self._path(name).read_bytes().partition(b"\n")
-            if head != f"{MAGIC} {zlib.crc32(body):08x}".encode():
-                return "damaged"
-            return _parsed(json.loads(body), name.removesuffix(".session"), when)
+            data = self._path(name).read_bytes()
         except OSError:
             return "foreign"
-        except (ValueError, KeyError, TypeError, RecursionError):
-            return "damaged"
+        return parsed(data, name.removesuffix(".session"), when)
 
 
 def weights_key(folder: Path) -> str:
@@ -350,55 +290,6 @@ def weights_key(folder: Path) -> str:
         facts = file.stat()
         digest.update(f"{file.name} {facts.st_size} {facts.st_mtime_ns}\n".encode())
     return digest.hexdigest()
-
-
-def _parsed(data: Any, ident: str, when: float) -> Saved | State:
-    """A manifest that says what ours do; ValueError, KeyError or TypeError otherwise."""
-    if data["version"] != VERSION:
-        return "foreign"
-    saved = Saved(
-        id=ident,
-        model=str(data["model"]),
-        fingerprint=str(data["fingerprint"]),
-        ids=[_count(i) for i in data["ids"]],
-        title=str(data["title"]),
-        rows=tuple(_piece(p, ".rows") for p in data["rows"]),
-        points=tuple(_piece(p, ".point") for p in data["points"]),
-        used=when,
-    )
-    n, reached = len(saved.ids), 0
-    for piece in saved.rows:
-        # A branch goes on before the end of a piece it shares: the next one starts inside that.
-        if piece.first > reached:
-            raise ValueError("rows are missing")
-        reached = piece.last
-    if reached < n or not saved.points or any(piece.last > n for piece in saved.points):
-        raise ValueError("rows or restart points that do not fit the ids")
-    return saved
-
-
-def _piece(data: Any, suffix: str) -> Piece:
-    name = str(data["name"])
-    if Path(name).name != name or not name.endswith(suffix):
-        raise ValueError("a name that is no file of this folder")
-    piece = Piece(
-        name,
-        _count(data["first"]),
-        _count(data["last"]),
-        _count(data["nbytes"]),
-        tuple(_count(c) for c in data["crcs"]),
-        {str(k): _count(v) for k, v in data["starts"].items()},
-        _count(data["low"]),
-    )
-    if piece.first >= piece.last:
-        raise ValueError("an empty piece")
-    return piece
-
-
-def _count(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError("no number of things")
-    return value
 
 
 def write_all(fd: int, data: memoryview) -> None:

@@ -20,7 +20,7 @@ import pytest
 import torch
 from pools import MOST, Chats, new_cache, small_model, text
 
-from mimo_local import session_files, session_store
+from mimo_local import session_files, session_manifest, session_store
 from mimo_local.draft_control import DraftController
 from mimo_local.errors import PackError
 from mimo_local.generate import Drafting
@@ -453,7 +453,7 @@ def test_another_models_or_versions_is_left_alone(
         files = SessionFiles(SessionStore(desk.folder), lambda: cache, model="tiny", weights="w")
         assert files.find(ids) is None
     else:
-        monkeypatch.setattr(session_store, "VERSION", 2)
+        monkeypatch.setattr(session_manifest, "VERSION", 2)
         chats = goes_on_without(desk, ids)
         files = chats.pool.files  # type: ignore[assignment]
         assert files.store.unreadable == 1 and not files.store.sessions()
@@ -487,7 +487,7 @@ def test_impossible_claims_under_a_right_checksum_are_refused(
         else:
             body[part] = value
     data = json.dumps(body).encode()
-    head = f"{session_store.MAGIC} {zlib.crc32(data):08x}\n".encode()
+    head = f"{session_manifest.MAGIC} {zlib.crc32(data):08x}\n".encode()
     (desk.folder / name).write_bytes(head + data)
     goes_on_without(desk, ids)
 
