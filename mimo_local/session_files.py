@@ -9,45 +9,46 @@ bytes of a cache go where; the folder's rules are `session_store`'s, when to sav
 from __future__ import annotations
 
 import errno
-import hashlib
-import json
 import os
 import secrets
 import time
 import weakref
-import zlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Final
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
 
 import torch
 
-from mimo_local import kernels
 from mimo_local.cache import KVCache, Snapshot
-from mimo_local.cache_layers import FullKV, RingKV, Rows
+from mimo_local.cache_layers import RingKV, Rows
 from mimo_local.errors import DiskSpaceError, MimoError, PackError
 from mimo_local.session import Session, common_prefix
-from mimo_local.session_manifest import VERSION, Piece, Saved
-from mimo_local.session_store import SessionStore, write_all
-from quant.tensorfile import bytes_of
+from mimo_local.session_manifest import Piece, Saved
+from mimo_local.session_rows import (
+    HINT,
+    Stopped,
+    fingerprint,
+    full_rows,
+    parts_of,
+    read_parts,
+    rows_like,
+    write_parts,
+)
+from mimo_local.session_store import FOLDER, SessionStore, weights_key
+from mimo_local.settings import Paths
+
+if TYPE_CHECKING:
+    from mimo_local.settings import Settings
 
 BLOCK: Final = 4096
 """Positions of a piece, at most: 94 MB for the real model. A stopped save keeps finished ones."""
 FEW: Final = 4
 """Smaller pieces that may lie within one block before they are written anew as one."""
-CHUNK: Final = 16 << 20
-"""Bytes written and made durable at a time: 10-20 ms on an SSD, which is how long a stop takes."""
-READ: Final = 1 << 20
-"""Bytes read at a time, then summed up while they are in the processor's cache."""
 POINTS: Final = 3
 """Restart points always saved; others while they take a quarter of the rows' bytes at most."""
 MUTE: Final = 600.0
 """Seconds without another try after the disk refused."""
 TITLE: Final = 80
-
-
-class _Stopped(Exception):
-    """A request came while a session was being saved."""
 
 
 @dataclass
@@ -58,6 +59,24 @@ class _Record:
     held: int = 0
     """Positions they hold as the session has them: a piece shared with a branch may go on."""
     saved: Saved | None = None
+
+
+def open_files(
+    settings: Settings,
+    new_cache: Callable[[], KVCache],
+    *,
+    name: str,
+    describe: Callable[[list[int]], str] | None = None,
+) -> SessionFiles | None:
+    """Where the sessions of the model in `settings` rest; None if they are not to be saved."""
+    if settings.model is None or settings.sessions_size == 0:
+        return None
+    try:
+        weights = weights_key(settings.model)
+    except OSError:  # unreadable now, though it was loaded: saved rows could not be told apart
+        return None
+    store = SessionStore(Paths.default().cache_dir / FOLDER, settings.sessions_size)
+    return SessionFiles(store, new_cache, model=name, weights=weights, describe=describe)
 
 
 class SessionFiles:
@@ -134,7 +153,7 @@ class SessionFiles:
             return False
         try:
             self._save(session, busy)
-        except _Stopped:
+        except Stopped:
             return False
         except (OSError, MimoError) as error:
             self._give_up(error)
@@ -165,11 +184,11 @@ class SessionFiles:
         record.rows, record.held = _merged(rows, start)
         while (start := record.held) < n:
             end = min((start // BLOCK + 1) * BLOCK, n)
-            parts = [part[start:end] for part in _full(session.cache, n)]
+            parts = [part[start:end] for part in full_rows(session.cache, n)]
             record.rows.append(self._write(".rows", parts, busy, first=start, last=end))
             record.held = end
         for point in lacking:
-            starts, parts = _of_point(point)
+            starts, parts = parts_of(point)
             point.saved = self._write(
                 ".point", parts, busy, first=0, last=point.length, starts=starts, low=point.low
             )
@@ -216,33 +235,17 @@ class SessionFiles:
         starts: dict[str, int] | None = None,
         low: int = 0,
     ) -> Piece:
-        """One new file; _Stopped if `busy`, and then there is none."""
-        crcs, waiting = [], 0
+        """One new file; Stopped if `busy`, and then there is none."""
         with self.store.new_file(suffix) as (fd, name):
-            for part in parts:
-                part = part.contiguous().cpu()
-                crcs.append(_crc32(part))
-                data = bytes_of(part)
-                for at in range(0, len(data), CHUNK):
-                    piece = data[at : at + CHUNK]
-                    write_all(fd, piece)
-                    waiting += len(piece)
-                    if waiting >= CHUNK:
-                        os.fdatasync(fd)
-                        waiting = 0
-                        if busy():
-                            raise _Stopped
-            os.fdatasync(fd)
-            _leave_page_cache(fd)
-            if busy():
-                raise _Stopped
+            crcs = write_parts(fd, parts, busy)
         nbytes = sum(part.nbytes for part in parts)
-        return Piece(name, first, last, nbytes, tuple(crcs), starts or {}, low)
+        return Piece(name, first, last, nbytes, crcs, starts or {}, low)
 
     def _title(self, ids: list[int]) -> str:
         if self._describe is None:
             return ""
-        return " ".join(self._describe(ids).split())[:TITLE]
+        text = self._describe(ids)
+        return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:TITLE]
 
     def _give_up(self, error: Exception) -> None:
         if not isinstance(error, DiskSpaceError):  # found out before anything is written
@@ -265,11 +268,11 @@ class SessionFiles:
         pieces = [piece for piece in saved.rows if piece.first < at.last]
         for piece in pieces:
             if piece.nbytes != (piece.last - piece.first) * cache.row_bytes:
-                raise PackError(f"{piece.name} is not as long as its rows", hint=_HINT)
+                raise PackError(f"{piece.name} is not as long as its rows", hint=HINT)
         cache.blank(max(piece.last for piece in pieces))
         for piece in pieces:
             top = max(piece.last, at.last)
-            self._read(piece, [part[piece.first : piece.last] for part in _full(cache, top)])
+            self._read(piece, [part[piece.first : piece.last] for part in full_rows(cache, top)])
         points = [self._point(cache, p) for p in saved.points if p.last <= at.last]
         session.resume(saved.ids, points)
         session.untouched = len(session.ids)
@@ -287,15 +290,15 @@ class SessionFiles:
                 first = piece.starts.get(str(i), -1)
                 least = max(0, piece.last - layer.need)
                 if not max(0, piece.last - layer.keep) <= first <= least:
-                    raise PackError(f"{piece.name}: rows that do not fit layer {i}", hint=_HINT)
-                rings[i] = first, _like(layer.stored, piece.last - first)
+                    raise PackError(f"{piece.name}: rows that do not fit layer {i}", hint=HINT)
+                rings[i] = first, rows_like(layer.stored, piece.last - first)
                 parts += rings[i][1].values()
         if cache.draft is not None and "draft" in piece.starts:
             first, count = piece.starts["draft"], piece.starts.get("draft rows", 0)
             like = cache.draft.snapshot()[1]
             if first + count > piece.last or count > cache.config.max_context:
-                raise PackError(f"{piece.name}: rows that do not fit drafting", hint=_HINT)
-            draft = first, _like(like, count)
+                raise PackError(f"{piece.name}: rows that do not fit drafting", hint=HINT)
+            draft = first, rows_like(like, count)
             parts += draft[1].values()
         self._read(piece, parts)
         return cache.adopt(piece.last, rings, draft, piece)
@@ -303,34 +306,14 @@ class SessionFiles:
     def _read(self, piece: Piece, parts: list[torch.Tensor]) -> None:
         """Fill `parts` with a file's bytes; PackError unless they are those once written."""
         if [sum(p.nbytes for p in parts), len(parts)] != [piece.nbytes, len(piece.crcs)]:
-            raise PackError(f"{piece.name} is not as long as its rows", hint=_HINT)
+            raise PackError(f"{piece.name} is not as long as its rows", hint=HINT)
         fd = self.store.open(piece)
         try:
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-            for part, crc in zip(parts, piece.crcs, strict=True):
-                if _read_into(fd, part) != crc:
-                    raise PackError(f"{piece.name} is damaged", hint=_HINT)
-            _leave_page_cache(fd)
+            read_parts(fd, parts, piece)
         except OSError as e:
-            raise PackError(f"{piece.name} cannot be read: {e.strerror}", hint=_HINT) from e
+            raise PackError(f"{piece.name} cannot be read: {e.strerror}", hint=HINT) from e
         finally:
             os.close(fd)
-
-
-_HINT: Final = "nothing to do: it is removed, and the text is read again"
-
-
-def fingerprint(cache: KVCache, weights: str) -> str:
-    """Who can use saved rows: the same weights, config, window and way to store rows."""
-    layout = [
-        [layer.kind, *((n, str(p.dtype), list(p.shape[1:])) for n, p in layer.stored.items())]
-        for layer in cache.layers
-    ]
-    kept = None
-    if cache.draft is not None:
-        kept = [(n, str(p.dtype), list(p.shape[1:])) for n, p in cache.draft.snapshot()[1].items()]
-    facts = [VERSION, weights, asdict(cache.config), cache.slack, layout, kept]
-    return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
 
 
 def _merged(rows: list[Piece], start: int) -> tuple[list[Piece], int]:
@@ -340,58 +323,3 @@ def _merged(rows: list[Piece], start: int) -> tuple[list[Piece], int]:
     if len(small) < FEW:
         return rows, start
     return [piece for piece in rows if piece.first < block], block
-
-
-def _full(cache: KVCache, n: int) -> Iterator[torch.Tensor]:
-    """Rows 0 .. n of every part of every full layer, in the order of files."""
-    for layer in cache.layers:
-        if isinstance(layer, FullKV):
-            yield from layer.rows(n)[1].values()
-
-
-def _of_point(point: Snapshot) -> tuple[dict[str, int], list[torch.Tensor]]:
-    starts = {str(i): first for i, (first, _) in point.rings.items()}
-    parts = [part for _, rows in point.rings.values() for part in rows.values()]
-    if point.draft is not None:
-        first, rows = point.draft
-        starts |= {"draft": first, "draft rows": next(iter(rows.values())).shape[0]}
-        parts += rows.values()
-    return starts, parts
-
-
-def _like(rows: Rows, n: int) -> Rows:
-    with torch.inference_mode(False):
-        return {name: part.new_empty((n, *part.shape[1:])) for name, part in rows.items()}
-
-
-def _crc32(part: torch.Tensor) -> int:
-    native = kernels.get()
-    if native is None or not part.nbytes:
-        return zlib.crc32(bytes_of(part))
-    return native.crc32(part.data_ptr(), part.nbytes)
-
-
-def _read_into(fd: int, part: torch.Tensor) -> int:
-    """Fill a tensor from where the file stands -> crc32. OSError, PackError at an early end."""
-    if not part.is_contiguous() or part.device.type != "cpu":
-        blank = torch.empty_like(part, device="cpu", memory_format=torch.contiguous_format)
-        crc = _read_into(fd, blank)
-        part.copy_(blank)
-        return crc
-    native, data, crc, at = kernels.get(), bytes_of(part), 0, 0
-    address = part.data_ptr()
-    while at < len(data):
-        got = os.readv(fd, [data[at : at + READ]])
-        if not got:
-            raise PackError("a file of saved rows ends early", hint=_HINT)
-        if native is None:
-            crc = zlib.crc32(data[at : at + got], crc)
-        else:
-            crc = native.crc32(address + at, got, crc)
-        at += got
-    return crc
-
-
-def _leave_page_cache(fd: int) -> None:
-    """The session is in memory already, or the model needs that memory more."""
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)

@@ -25,6 +25,8 @@ from mimo_local.errors import DiskSpaceError, MimoError, PackError
 from mimo_local.session_manifest import Piece, Saved, State, parsed, written
 from mimo_local.settings import PACK_MANIFEST
 
+FOLDER: Final = "sessions"
+"""Of the cache folder."""
 SUFFIXES: Final = (".session", ".rows", ".point")
 DEFAULT_SIZE: Final = 10_000_000_000
 FREE_SHARE: Final = 10

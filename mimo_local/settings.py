@@ -191,6 +191,7 @@ class Settings:
     prefetch: Prefetch = "auto"
     draft: Draft = "auto"
     kv_dtype: KvDtype = "auto"
+    sessions_size: int | None = None
     window: int | None = None
     preset: str = "chat"
     temperature: float | None = None
@@ -274,6 +275,11 @@ _RULES: Final[dict[str, tuple[Callable[[Any], Any], str]]] = {
     "kv_dtype": (
         _choice(*get_args(KvDtype)),
         "how keys and values are kept; auto: bf16 for packs, f32 for checkpoints",
+    ),
+    "sessions_size": (
+        _room,
+        "most disk for chats that rest, like 20GB, so that they go on at once; 0: none; "
+        "unset: 10 GB, or a tenth of what is free if that is less",
     ),
     "window": (
         _integer(1),

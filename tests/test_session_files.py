@@ -20,7 +20,7 @@ import pytest
 import torch
 from pools import MOST, Chats, new_cache, small_model, text
 
-from mimo_local import session_files, session_manifest, session_store
+from mimo_local import session_files, session_manifest, session_rows, session_store
 from mimo_local.draft_control import DraftController
 from mimo_local.errors import PackError
 from mimo_local.generate import Drafting
@@ -273,7 +273,7 @@ def test_random_histories_over_restarts_answer_as_from_scratch(either: Desk) -> 
 def test_a_stopped_save_leaves_nothing_half_and_goes_on_where_it_was(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session_files, "CHUNK", 1 << 16)
+    monkeypatch.setattr(session_rows, "CHUNK", 1 << 16)
     chats = desk.start()
     ids = text(3 * BLOCK)
     ids += chats.ask(ids, 2)
@@ -307,7 +307,7 @@ def test_a_branch_taken_between_two_tries_is_what_is_saved(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Pieces of the first try hold rows of the old branch past the fork."""
-    monkeypatch.setattr(session_files, "CHUNK", 1 << 14)
+    monkeypatch.setattr(session_rows, "CHUNK", 1 << 14)
     chats = desk.start()
     base = text(1000)
     base += chats.ask(base, 2)
@@ -498,7 +498,7 @@ def test_a_missing_kernel_library_reads_and_writes_the_same(
     if get() is None:
         pytest.skip("there are no kernels")
     desk, ids = saved
-    monkeypatch.setattr(session_files.kernels, "get", lambda: None)
+    monkeypatch.setattr(session_rows.kernels, "get", lambda: None)
     chats = desk.start()
     chats.pool.take(ids)
     assert chats.pool.loads == 1

@@ -23,6 +23,7 @@ VALUES = {
     "prefetch": ('"on"', "on", "off", "off", "auto"),
     "draft": ('"on"', "on", "off", "off", "auto"),
     "kv_dtype": ('"f32"', "f32", "bf16", "bf16", "auto"),
+    "sessions_size": ("0", 0, "20GB", 20 * 10**9, 10**9),
     "window": ("5", 5, "6", 6, 7),
     "preset": ('"code"', "code", "math", "math", "agent"),
     "temperature": ("0", 0.0, "0.5", 0.5, 1.5),
