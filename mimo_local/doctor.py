@@ -22,6 +22,7 @@ from mimo_local import __version__, hardware, kernels, runs, verdicts
 from mimo_local.errors import MimoError
 from mimo_local.plan import here
 from mimo_local.plan.planner import span
+from mimo_local.session_store import FOLDER, SessionStore
 from mimo_local.settings import PACK_MANIFEST, Paths, Settings
 from mimo_local.sizes import GB, gb
 
@@ -152,6 +153,7 @@ def _storage(notes: _Notes, facts: hardware.Hardware, paths: Paths, seconds: flo
         ("config", str(paths.config_file)),
         ("data", str(paths.data_dir)),
         ("cache", str(paths.cache_dir)),
+        ("sessions", _sessions(paths)),
         ("file system", f"{disk.filesystem}, {gb(disk.free)} of {gb(disk.total)} free"),
     ]
     for folder in (paths.data_dir, paths.cache_dir):
@@ -179,6 +181,12 @@ def _storage(notes: _Notes, facts: hardware.Hardware, paths: Paths, seconds: flo
             "set MIMO_HOME to a folder on a local disk",
         )
     notes.section("storage", *lines)
+
+
+def _sessions(paths: Paths) -> str:
+    store = SessionStore(paths.cache_dir / FOLDER, Settings.resolve(paths=paths).sessions_size)
+    count = len(store.sessions())
+    return f"{count} saved, {gb(store.nbytes)} of at most {gb(store.limit)}"
 
 
 def _software(notes: _Notes) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import secrets
 import time
 import weakref
@@ -39,6 +40,7 @@ from mimo_local.settings import Paths
 
 if TYPE_CHECKING:
     from mimo_local.settings import Settings
+    from mimo_local.tokenizer import Tokenizer
 
 BLOCK: Final = 4096
 """Positions of a piece, at most: 94 MB for the real model. A stopped save keeps finished ones."""
@@ -49,6 +51,8 @@ POINTS: Final = 3
 MUTE: Final = 600.0
 """Seconds without another try after the disk refused."""
 TITLE: Final = 80
+LOOK: Final = 2000
+"""Ids to find a chat's first words in, after its system prompt."""
 
 
 @dataclass
@@ -77,6 +81,19 @@ def open_files(
         return None
     store = SessionStore(Paths.default().cache_dir / FOLDER, settings.sessions_size)
     return SessionFiles(store, new_cache, model=name, weights=weights, describe=describe)
+
+
+def first_words(tokenizer: Tokenizer | None) -> Callable[[list[int]], str] | None:
+    """How to tell people which chat some ids are: by what was said first."""
+    if tokenizer is None:
+        return None
+
+    def describe(ids: list[int]) -> str:
+        text = tokenizer.decode(ids[:LOOK], special=True)
+        found = re.search(r"<\|im_start\|>user\n(.*?)(?:<\|im_end\|>|$)", text, re.DOTALL)
+        return found[1] if found else text
+
+    return describe
 
 
 class SessionFiles:

@@ -25,6 +25,7 @@ from mimo_local.cli import (
     plan,
     replay,
     run,
+    sessions,
     summarize,
     trace,
 )
@@ -76,6 +77,7 @@ app.command(name="bench")(machine.bench)
 app.command(name="trace")(trace.trace)
 app.command(name="replay")(replay.replay)
 app.add_typer(history.app, name="history")
+app.add_typer(sessions.app, name="sessions")
 app.add_typer(config.app, name="config")
 
 
