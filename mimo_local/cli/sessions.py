@@ -7,6 +7,8 @@ again from its text when it goes on.
 from __future__ import annotations
 
 import json as jsonlib
+import shutil
+import sys
 import time
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -99,21 +101,16 @@ def _store() -> SessionStore:
 
 def _table(saved: list[dict[str, Any]]) -> str:
     """Newest first; what it takes is counted with what it shares with its branches."""
-    import shutil
-
     from mimo_local.sizes import gb
 
     lines = [f"{'id':<9} {'tokens':>8} {'size':>9} {'used':>11}  {'model':<24} first words"]
-    width = max(80, shutil.get_terminal_size().columns) if _terminal() else 1000
+    width = max(80, shutil.get_terminal_size().columns) if sys.stdout.isatty() else 1000
     for s in saved:
         age = f"{duration(max(0.0, time.time() - s['used']))} ago"
-        model = s["model"] if len(s["model"]) <= 24 else s["model"][:23] + "…"
-        line = f"{s['id']:<9} {s['tokens']:>8,} {gb(s['bytes']):>9} {age:>11}  {model:<24} {s['title']}"
-        lines.append(line if len(line) <= width else line[: width - 1] + "…")
+        row = f"{s['id']:<9} {s['tokens']:>8,} {gb(s['bytes']):>9} {age:>11}  "
+        lines.append(_cut(f"{row}{_cut(s['model'], 24):<24} {s['title']}", width))
     return "\n".join(lines)
 
 
-def _terminal() -> bool:
-    import sys
-
-    return sys.stdout.isatty()
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"
