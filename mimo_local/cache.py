@@ -3,7 +3,7 @@
 Knows positions and rows, not what attention does with them. A step calls `append` once per layer,
 or for one piece of its rows after the other, and `advance` at its end; only `advance` commits, so a
 step that fails or is cancelled on the way leaves the cache as it was. Called by `layers`; `model`
-commits; `generate` and `engine` truncate, snapshot and save.
+commits; `generate` and `session` truncate, snapshot and copy.
 """
 
 from __future__ import annotations
@@ -11,12 +11,10 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Final, Protocol
 
 import torch
 
-from mimo_local import cache_file
 from mimo_local.cache_layers import FullKV, Place, RingKV, Rows, View
 from mimo_local.config import ModelConfig
 from mimo_local.errors import UsageError
@@ -282,28 +280,3 @@ class KVCache:
             self.draft.truncate(snapshot.length)
         else:
             self.draft.restore(snapshot.draft, snapshot.length)
-
-    def save(self, path: Path | str) -> None:
-        """Write the committed rows to a safetensors file, whole or not at all. DiskSpaceError."""
-        tensors: dict[str, torch.Tensor] = {}
-        firsts: list[int] = []
-        for i, layer in enumerate(self.layers):
-            first, rows = layer.rows(self.length)
-            firsts.append(first)
-            tensors |= {f"layers.{i}.{name}": part.contiguous() for name, part in rows.items()}
-        facts = {"first": firsts, "length": self.length, "slack": self.slack}
-        cache_file.write(Path(path), self.config, facts, tensors)
-
-    @classmethod
-    def load(
-        cls, path: Path | str, config: ModelConfig, *, device: torch.device | str | None = None
-    ) -> KVCache:
-        """Read a saved cache of the same model configuration. Raises PackError if it is not one."""
-        facts, tensors = cache_file.read(Path(path), config)
-        dtype = tensors["layers.0.k"].dtype
-        cache = cls(config, dtype=dtype, slack=facts["slack"], device=device)
-        for i, layer in enumerate(cache.layers):
-            rows = {name: tensors[f"layers.{i}.{name}"] for name in layer.stored}
-            layer.load(facts["first"][i], rows)
-        cache.length = facts["length"]
-        return cache
