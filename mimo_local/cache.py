@@ -97,6 +97,8 @@ class KVCache:
         self._snapshots: weakref.WeakSet[Snapshot] = weakref.WeakSet()
         self._peak = 0
         """Rows of full layers that were written before the cache last went back."""
+        self._wanted: tuple[int, ...] = ()
+        self._caught: list[Snapshot] = []
 
     @property
     def nbytes(self) -> dict[str, int]:
@@ -163,6 +165,8 @@ class KVCache:
         for layer in self.layers:
             layer.advance(self.length, n)
         self.length += n
+        if self._wanted:
+            self._gather()
 
     def can_truncate(self, n: int) -> bool:
         """Whether `truncate(n)` would work: within `slack` of the highest length, always."""
@@ -212,6 +216,32 @@ class KVCache:
                 rings[i] = (first, {name: part.clone() for name, part in rows.items()})
         draft = None if self.draft is None else self.draft.snapshot()
         return self.adopt(self.length, rings, draft)
+
+    def catch(self, points: Sequence[int]) -> None:
+        """Make restart points within what is read next, at these lengths; forget earlier wishes.
+
+        A long prompt goes through all of a layer before the next: later they could not be made.
+        """
+        self._wanted, self._caught = tuple(points), []
+        for layer in self.layers:
+            if isinstance(layer, RingKV):
+                layer.wanted, layer.caught = self._wanted, {}
+
+    def caught(self) -> list[Snapshot]:
+        """The points that were asked for and have been passed, each given once."""
+        found, self._caught = self._caught, []
+        return [snapshot for snapshot in found if not snapshot.stale]
+
+    def _gather(self) -> None:
+        """Wanted points that the committed rows have passed; the rings kept theirs aside."""
+        rings = {i: layer for i, layer in enumerate(self.layers) if isinstance(layer, RingKV)}
+        for n in [n for n in self._wanted if n <= self.length]:
+            kept = {i: ring.caught.pop(n) for i, ring in rings.items() if n in ring.caught}
+            if len(kept) == len(rings):
+                self._caught.append(self.adopt(n, kept, None))
+        self._wanted = tuple(n for n in self._wanted if n > self.length)
+        for ring in rings.values():
+            ring.wanted = self._wanted
 
     def adopt(
         self,

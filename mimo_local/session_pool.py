@@ -80,8 +80,11 @@ class SessionPool:
         Its last id at least is left to process. `tokens`: how long prompt and answer may become.
         Give it back when the answer is done, whatever became of it.
         """
-        ids = list(ids)
-        most = max(tokens, len(ids))
+        session = self._take(list(ids), max(tokens, len(ids)))
+        session.foresee(len(ids))
+        return session
+
+    def _take(self, ids: list[int], most: int) -> Session:
         source, kept = self._best(ids)
         if (loaded := self._loaded(ids, kept, most)) is not None:
             return self._hand_out(loaded, most)

@@ -10,12 +10,15 @@ import random
 from collections.abc import Iterator
 
 import pytest
+import tiny
 import torch
 from fakes import FakeCache, FakeModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pools import MOST, Chats, fake, from_scratch, new_cache, small_model, text
+from pools import MOST, WINDOW, Chats, fake, from_scratch, new_cache, small_model, text
 
+from mimo_local.cache import KVCache
+from mimo_local.config import ModelConfig
 from mimo_local.draft_control import DraftController
 from mimo_local.generate import Drafting, generate
 from mimo_local.model import Model
@@ -276,6 +279,55 @@ def test_a_long_chats_last_turn_costs_its_new_ids_only(chats: Chats) -> None:
         made = chats.ask([*branch, i], 5)
         assert chats.read <= 2, "switched between branches"
         assert made == alone(chats, [*branch, i], 5)
+
+
+def test_another_question_about_a_long_text_reads_the_question(chats: Chats) -> None:
+    document = text(3000)
+    for i, question in enumerate((text(30, 1), text(50, 2), text(400, 3), text(20, 4))):
+        ids = [*document, *question]
+        made = chats.ask(ids, 12)
+        assert made == alone(chats, ids, 12)
+        assert chats.read <= (len(ids) if i == 0 else len(question) + 64)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**9), st.sampled_from([1, 7, 8, 33, 100, 512]))
+def test_a_point_within_a_prompt_is_as_if_reading_had_paused_there(seed: int, piece: int) -> None:
+    """Rings and full layers, prompts in pieces of any size, one or many, after any beginning."""
+    dice = random.Random(seed)
+    facts = ModelConfig.from_dict(tiny.config("fsfs", "dddd", window=WINDOW))
+    cache, twin = (KVCache(facts, dtype=torch.float32) for _ in range(2))
+    start, total = dice.choice([0, 3, 40, 200]), dice.randint(40, 700)
+    rows = [
+        [torch.randn(start + total, s.kv_heads, d) for d in (s.head_dim, s.v_head_dim)]
+        for s in facts.layers
+    ]
+
+    def read(into: KVCache, a: int, b: int) -> None:
+        for i, (k, v) in enumerate(rows):
+            for at in range(a, b, piece):
+                end = min(at + piece, b)
+                into.append(i, k[at:end], v[at:end], at=at - a)
+        into.advance(b - a)
+
+    for each in (cache, twin):
+        if start:
+            read(each, 0, start)
+    points = sorted(dice.sample(range(start + 1, start + total + 1), 3))
+    cache.catch([*points, start + total + 5])
+    read(cache, start, start + total)
+    found = cache.caught()
+    assert [point.length for point in found] == points and not cache.caught()
+    chosen = dice.choice(found)
+    read(twin, start, chosen.length)
+    cache.restore(chosen)
+    for mine, theirs in zip(cache.layers, twin.layers, strict=True):
+        first, kept = mine.rows(chosen.length)
+        first_too, kept_too = theirs.rows(chosen.length)
+        skip = max(first, first_too)
+        assert mine.reaches(chosen.length)
+        for name, part in kept.items():
+            assert torch.equal(part[skip - first :], kept_too[name][skip - first_too :])
 
 
 def test_memory_is_counted_as_it_is(chats: Chats) -> None:
