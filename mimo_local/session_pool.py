@@ -8,6 +8,7 @@ go on after a restart, or after it made room for others. Knows no text and no mo
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -29,6 +30,8 @@ LOAD_FROM: Final = 256
 """Ids that a file must save the reading of."""
 SAVE_FROM: Final = 256
 """New ids that are worth a save: a restart point takes as many bytes as 1100 rows."""
+CLOSE_S: Final = 10.0
+"""Seconds of saving that somebody who ends the program waits for, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +100,8 @@ class SessionPool:
                 return self._hand_out(self._copy(source, kept), most)
             if source in self._taken:
                 return self._hand_out(Session(self._new_cache), most)
-            self._keep(source)
+            if not self._taken:
+                self._keep(source)
         self._idle.remove(source)
         source.rewind(kept)
         return self._hand_out(source, most)
@@ -160,8 +164,9 @@ class SessionPool:
         )  # fmt: skip
 
     def close(self) -> None:
-        """Save what is worth it and let go of all idle sessions."""
-        while self.rest(lambda: False):
+        """Save what is worth it, for some seconds at most, and let go of all idle sessions."""
+        end = time.monotonic() + CLOSE_S
+        while self.rest(lambda: time.monotonic() > end):
             pass
         self._idle.clear()
 
@@ -218,8 +223,8 @@ class SessionPool:
         return lost > max(FORK_FROM, kept // COPY_RATIO)
 
     def _hand_out(self, session: Session, tokens: int) -> Session:
+        self._make_room(self._expected(tokens, session))
         self._taken[session] = tokens
-        self._make_room(0)
         return session
 
     def _touch(self, session: Session) -> None:
@@ -245,7 +250,9 @@ class SessionPool:
         return True
 
     def _evict(self, session: Session) -> None:
-        self._keep(session)
+        """Let one go; on disk first, unless somebody is answering and may need that disk."""
+        if not self._taken:
+            self._keep(session)
         self._idle.remove(session)
 
     @staticmethod

@@ -61,11 +61,11 @@ def write_parts(
             write_all(fd, chunk)
             waiting += len(chunk)
             if waiting >= CHUNK:
-                os.fdatasync(fd)
+                _sync(fd)
                 waiting = 0
                 if busy():
                     raise Stopped
-    os.fdatasync(fd)
+    _sync(fd)
     leave_page_cache(fd)
     if busy():
         raise Stopped
@@ -74,7 +74,8 @@ def write_parts(
 
 def read_parts(fd: int, parts: Sequence[torch.Tensor], piece: Piece) -> None:
     """Fill tensors with a file's bytes. OSError; PackError if a checksum is not as written."""
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
     for part, crc in zip(parts, piece.crcs, strict=True):
         if read_into(fd, part) != crc:
             raise PackError(f"{piece.name} is damaged", hint=HINT)
@@ -136,4 +137,9 @@ def read_into(fd: int, part: torch.Tensor) -> int:
 
 def leave_page_cache(fd: int) -> None:
     """The session is in memory already, or the model needs that memory more."""
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _sync(fd: int) -> None:
+    getattr(os, "fdatasync", os.fsync)(fd)

@@ -20,7 +20,7 @@ import pytest
 import torch
 from pools import MOST, Chats, new_cache, small_model, text
 
-from mimo_local import session_files, session_manifest, session_rows, session_store
+from mimo_local import session_files, session_manifest, session_pool, session_rows, session_store
 from mimo_local.draft_control import DraftController
 from mimo_local.errors import PackError
 from mimo_local.generate import Drafting
@@ -232,6 +232,31 @@ def test_what_gives_way_in_memory_is_found_on_disk(desk: Desk) -> None:
         assert made == desk.alone(text(1000, seed), 2)
         assert chats.pool.figures.idle == 1
     assert chats.pool.loads == 3 and chats.read == 1
+
+
+def test_nothing_is_written_while_somebody_answers(desk: Desk) -> None:
+    chats = desk.start()
+    chats.ask(text(1000, 1), 2)
+    chats.pool.budget = chats.pool.nbytes * 3 // 2
+    session, steps = chats.begin(text(700, 2), 4)
+    next(steps)
+    chats.ask(text(900, 3), 2)  # takes the first one's place
+    assert chats.pool.saves == 1, "the first one, when it gave way to the second"
+    names = desk.names()
+    chats.ask(text(900, 4), 2)
+    assert chats.pool.saves == 1 and desk.names() == names
+    list(steps)
+    chats.pool.give_back(session)
+
+
+def test_whoever_ends_the_program_waits_for_some_seconds_only(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_pool, "CLOSE_S", 0.0)
+    chats = desk.start()
+    chats.ask(text(1000), 2)
+    chats.pool.close()
+    assert chats.pool.saves == 0 and not desk.names(".session")
 
 
 def test_random_histories_over_restarts_answer_as_from_scratch(either: Desk) -> None:
@@ -535,7 +560,7 @@ def test_a_full_disk_is_told_and_leaves_no_torso(
     chats = desk.start()
     ids = text(600)
     ids += chats.ask(ids, 2)
-    real, room = os.write, [100_000]
+    real, room = os.write, [30_000]
 
     def write(fd: int, data: Any) -> int:
         if room[0] <= 0:
