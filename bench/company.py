@@ -11,6 +11,7 @@ took than alone. Prints what it does on stderr, one line of JSON last.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import statistics
@@ -130,7 +131,7 @@ def beside_prompt(engine: Engine, n: int, seed: int) -> dict[str, float]:
         "prompt_beside_s": end.stats.prefill_s,
         "tokens_per_s_before": (len(before) - 1) / (before[-1] - before[0]),
         "tokens_per_s_meanwhile": (len(meanwhile) - 2) / (stop - start),
-        "longest_pause_s": max(b - a for a, b in zip(meanwhile, meanwhile[1:], strict=False)),
+        "longest_pause_s": max(b - a for a, b in itertools.pairwise(meanwhile)),
     }
     print({key: round(value, 3) for key, value in found.items()}, file=sys.stderr)
     return found

@@ -3,7 +3,7 @@
 Knows positions and rows, not what attention does with them. A step calls `append` once per layer,
 or for one piece of its rows after the other, and `advance` at its end; only `advance` commits, so a
 step that fails or is cancelled on the way leaves the cache as it was. Called by `layers`; `model`
-commits; `generate` and `engine` truncate, snapshot and save.
+commits; `generate` and `session` truncate, snapshot and copy.
 """
 
 from __future__ import annotations
@@ -11,12 +11,10 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Final, Protocol
 
 import torch
 
-from mimo_local import cache_file
 from mimo_local.cache_layers import FullKV, Place, RingKV, Rows, View, stored_dtype
 from mimo_local.config import ModelConfig
 from mimo_local.errors import UsageError
@@ -38,6 +36,8 @@ class Snapshot:
     """What the cache's `draft` gave."""
     low: int = 0
     """Fewest rows it can bring back by a cut after it: as its rings hold rows to spare."""
+    saved: object = None
+    """Whatever tells where it lies on disk, for whoever saved it."""
     stale: bool = False
 
     @property
@@ -100,6 +100,8 @@ class KVCache:
         self._snapshots: weakref.WeakSet[Snapshot] = weakref.WeakSet()
         self._peak = 0
         """Rows of full layers that were written before the cache last went back."""
+        self._wanted: tuple[int, ...] = ()
+        self._caught: list[Snapshot] = []
 
     @property
     def nbytes(self) -> dict[str, int]:
@@ -165,6 +167,8 @@ class KVCache:
         for layer in self.layers:
             layer.advance(self.length, n)
         self.length += n
+        if self._wanted:
+            self._gather()
 
     def can_truncate(self, n: int) -> bool:
         """Whether `truncate(n)` would work: within `slack` of the highest length, always."""
@@ -215,8 +219,38 @@ class KVCache:
         draft = None if self.draft is None else self.draft.snapshot()
         return self.adopt(self.length, rings, draft)
 
+    def catch(self, points: Sequence[int]) -> None:
+        """Make restart points within what is read next, at these lengths; forget earlier wishes.
+
+        A long prompt goes through all of a layer before the next: later they could not be made.
+        """
+        self._wanted, self._caught = tuple(points), []
+        for layer in self.layers:
+            if isinstance(layer, RingKV):
+                layer.wanted, layer.caught = self._wanted, {}
+
+    def caught(self) -> list[Snapshot]:
+        """The points that were asked for and have been passed, each given once."""
+        found, self._caught = self._caught, []
+        return [snapshot for snapshot in found if not snapshot.stale]
+
+    def _gather(self) -> None:
+        """Wanted points that the committed rows have passed; the rings kept theirs aside."""
+        rings = {i: layer for i, layer in enumerate(self.layers) if isinstance(layer, RingKV)}
+        for n in [n for n in self._wanted if n <= self.length]:
+            kept = {i: ring.caught.pop(n) for i, ring in rings.items() if n in ring.caught}
+            if len(kept) == len(rings):
+                self._caught.append(self.adopt(n, kept, None))
+        self._wanted = tuple(n for n in self._wanted if n > self.length)
+        for ring in rings.values():
+            ring.wanted = self._wanted
+
     def adopt(
-        self, length: int, rings: dict[int, tuple[int, Rows]], draft: tuple[int, Rows] | None
+        self,
+        length: int,
+        rings: dict[int, tuple[int, Rows]],
+        draft: tuple[int, Rows] | None,
+        saved: object = None,
     ) -> Snapshot:
         """A restart point of this cache made of another one's: the same ids led to it."""
         firsts = [
@@ -225,7 +259,7 @@ class KVCache:
             if isinstance(layer := self.layers[i], RingKV)
         ]
         low = max((first + need for first, need in firsts if first), default=0)
-        snapshot = Snapshot(length, rings, draft, low)
+        snapshot = Snapshot(length, rings, draft, low, saved)
         self._snapshots.add(snapshot)
         return snapshot
 
@@ -235,6 +269,7 @@ class KVCache:
         A restart point that was adopted then makes them count.
         """
         self.clear()
+        self._peak = max(self._peak, n)
         return {i: ly.blank(0, n) for i, ly in enumerate(self.layers) if isinstance(ly, FullKV)}
 
     def fork(
@@ -249,7 +284,7 @@ class KVCache:
             for name, part in self.layers[i].rows(here.length)[1].items():
                 rows[name].copy_(part)
         into.restore(into.adopt(here.length, here.rings, here.draft))
-        return [into.adopt(point.length, point.rings, point.draft) for point in points]
+        return [into.adopt(p.length, p.rings, p.draft, p.saved) for p in points]
 
     def trim(self) -> None:
         """Give back the memory of rows the cache went back from, if that is worth a copy."""
@@ -277,29 +312,3 @@ class KVCache:
             self.draft.truncate(snapshot.length)
         else:
             self.draft.restore(snapshot.draft, snapshot.length)
-
-    def save(self, path: Path | str) -> None:
-        """Write the committed rows to a safetensors file, whole or not at all. DiskSpaceError."""
-        tensors: dict[str, torch.Tensor] = {}
-        firsts: list[int] = []
-        for i, layer in enumerate(self.layers):
-            first, rows = layer.rows(self.length)
-            firsts.append(first)
-            tensors |= {f"layers.{i}.{name}": part.contiguous() for name, part in rows.items()}
-        facts = {"first": firsts, "length": self.length, "slack": self.slack}
-        cache_file.write(Path(path), self.config, facts, tensors)
-
-    @classmethod
-    def load(
-        cls, path: Path | str, config: ModelConfig, *, device: torch.device | str | None = None
-    ) -> KVCache:
-        """Read a saved cache of the same model configuration. Raises PackError if it is not one."""
-        facts, tensors = cache_file.read(Path(path), config)
-        dtypes = {part.dtype for part in tensors.values()}
-        dtype = torch.int8 if torch.int8 in dtypes else tensors["layers.0.k"].dtype
-        cache = cls(config, dtype=dtype, slack=facts["slack"], device=device)
-        for i, layer in enumerate(cache.layers):
-            rows = {name: tensors[f"layers.{i}.{name}"] for name in layer.stored}
-            layer.load(facts["first"][i], rows)
-        cache.length = facts["length"]
-        return cache

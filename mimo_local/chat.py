@@ -7,18 +7,22 @@ Called by cli, tui, summarize and api. Which control tokens a turn needs is the 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import date
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias
 
 from mimo_local.errors import UsageError
 from mimo_local.events import Done, Failed, Prefill, Token
+from mimo_local.remote import Remote
 from mimo_local.sampler import SamplingParams
 
 if TYPE_CHECKING:
     from mimo_local.engine import Engine, Session
 
+Backend: TypeAlias = "Engine | Remote"
+"""What answers: a model here, or one behind an address."""
 Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
 
 
@@ -138,18 +142,26 @@ class Chat:
         Both template switches are always given: their defaults differ between releases. Earlier
         thinking is left out, as the model was trained, except with tools: there it is wanted back.
         """
-        messages: list[dict[str, Any]] = []
-        system = self.system or (mimo_system(today or date.today()) if is_mimo(tokenizer) else "")
-        if system and not any(message.role == "system" for message in self.messages):
-            messages.append({"role": "system", "content": system})
-        messages += map(_entry, self.messages)
         return tokenizer.render_chat(
-            messages,
+            self._entries(_entry, is_mimo(tokenizer), today),
             add_generation_prompt=True,
             enable_thinking=self.thinking,
             keep_all_reasoning=bool(self.tools),
             **({"tools": list(self.tools)} if self.tools else {}),
         )
+
+    def wire(self, *, mimo: bool, today: date | None = None) -> list[dict[str, Any]]:
+        """The messages in OpenAI's form, for a server that renders them: else like `render`."""
+        return self._entries(partial(_wire_entry, reasoning=bool(self.tools)), mimo, today)
+
+    def _entries(
+        self, entry: Callable[[Message], dict[str, Any]], mimo: bool, today: date | None
+    ) -> list[dict[str, Any]]:
+        messages: list[dict[str, Any]] = []
+        system = self.system or (mimo_system(today or date.today()) if mimo else "")
+        if system and not any(message.role == "system" for message in self.messages):
+            messages.append({"role": "system", "content": system})
+        return messages + [entry(message) for message in self.messages]
 
 
 def _entry(message: Message) -> dict[str, Any]:
@@ -168,6 +180,16 @@ def _entry(message: Message) -> dict[str, Any]:
         ]
     if message.tool_call_id:
         entry["tool_call_id"] = message.tool_call_id
+    return entry
+
+
+def _wire_entry(message: Message, *, reasoning: bool) -> dict[str, Any]:
+    """A message as servers expect it: arguments of calls as text."""
+    entry = _entry(message)
+    if not reasoning:
+        entry.pop("reasoning_content", None)
+    for call, own in zip(entry.get("tool_calls", ()), message.tool_calls, strict=True):
+        call["function"]["arguments"] = own.arguments
     return entry
 
 
@@ -289,24 +311,34 @@ class Reply:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Backend,
         session: Session | None,
         chat: Chat,
         params: SamplingParams,
         stop: Sequence[str],
     ) -> None:
-        if engine.tokenizer is None:
-            raise UsageError(
-                f"{engine.name} has no tokenizer files", hint="chat needs a model made with them"
-            )
         self.text = ""
         self.reasoning = ""
         self._chat = chat
-        ids = chat.render(engine.tokenizer)
-        # Some templates open the thinking themselves; the stream then begins inside it.
-        opened = engine.tokenizer.decode(ids[-8:]).rstrip().endswith(Splitter.OPEN)
-        self._splitter = Splitter(opened=opened)
-        self._stream = engine.submit(session, ids, params, stop=stop)
+        self._splitter = Splitter()
+        if isinstance(engine, Remote):
+            self._stream = engine.submit_messages(
+                chat.wire(mimo="mimo" in engine.name.lower()),
+                params,
+                thinking=chat.thinking,
+                tools=chat.tools,
+                stop=stop,
+            )
+        elif engine.tokenizer is None:
+            raise UsageError(
+                f"{engine.name} has no tokenizer files", hint="chat needs a model made with them"
+            )
+        else:
+            ids = chat.render(engine.tokenizer)
+            # Some templates open the thinking themselves; the stream then begins inside it.
+            opened = engine.tokenizer.decode(ids[-8:]).rstrip().endswith(Splitter.OPEN)
+            self._splitter = Splitter(opened=opened)
+            self._stream = engine.submit(session, ids, params, stop=stop)
         self._events = self._run()
 
     def cancel(self) -> None:
@@ -342,7 +374,7 @@ class Reply:
 
 
 def ask(
-    engine: Engine,
+    engine: Backend,
     session: Session | None,
     chat: Chat,
     params: SamplingParams | None = None,

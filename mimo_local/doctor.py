@@ -14,6 +14,7 @@ import re
 import shutil
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +23,7 @@ from mimo_local import __version__, hardware, kernels, runs, verdicts
 from mimo_local.errors import MimoError
 from mimo_local.plan import here
 from mimo_local.plan.planner import span
+from mimo_local.session_store import FOLDER, SessionStore
 from mimo_local.settings import PACK_MANIFEST, Paths, Settings
 from mimo_local.sizes import GB, gb
 
@@ -90,7 +92,7 @@ def examine(*, seconds: float = 0.5, env: Mapping[str, str] = os.environ) -> Rep
     facts = hardware.detect(paths.data_dir)
     _machine(notes, facts, seconds)
     _kernels(notes, facts, env)
-    _storage(notes, facts, paths, seconds)
+    _storage(notes, facts, paths, seconds, env)
     _software(notes)
     _models(notes, paths, env)
     _predictions(notes, facts, paths)
@@ -146,12 +148,19 @@ def _kernels(notes: _Notes, facts: hardware.Hardware, env: Mapping[str, str]) ->
         )
 
 
-def _storage(notes: _Notes, facts: hardware.Hardware, paths: Paths, seconds: float) -> None:
+def _storage(
+    notes: _Notes,
+    facts: hardware.Hardware,
+    paths: Paths,
+    seconds: float,
+    env: Mapping[str, str],
+) -> None:
     disk = facts.disk
     lines = [
         ("config", str(paths.config_file)),
         ("data", str(paths.data_dir)),
         ("cache", str(paths.cache_dir)),
+        ("sessions", _sessions(paths, env)),
         ("file system", f"{disk.filesystem}, {gb(disk.free)} of {gb(disk.total)} free"),
     ]
     for folder in (paths.data_dir, paths.cache_dir):
@@ -179,6 +188,15 @@ def _storage(notes: _Notes, facts: hardware.Hardware, paths: Paths, seconds: flo
             "set MIMO_HOME to a folder on a local disk",
         )
     notes.section("storage", *lines)
+
+
+def _sessions(paths: Paths, env: Mapping[str, str]) -> str:
+    limit = None
+    with suppress(MimoError):  # told among the models
+        limit = Settings.resolve(paths=paths, env=env).sessions_size
+    store = SessionStore(paths.cache_dir / FOLDER, limit)
+    count = len(store.sessions())
+    return f"{count} saved, {gb(store.nbytes)} of at most {gb(store.limit)}"
 
 
 def _software(notes: _Notes) -> None:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from mimo_local.runs import Recorder
     from mimo_local.sampler import Constraint
     from mimo_local.scheduler import Scheduler
+    from mimo_local.session_files import SessionFiles
     from mimo_local.settings import Settings
     from mimo_local.tokenizer import Tokenizer
 
@@ -58,13 +59,15 @@ class Engine:
         recorder: Recorder | None = None,
         drafting: Drafting | None = None,
         session_bytes: int = SESSION_BYTES,
+        session_files: SessionFiles | None = None,
         most_waiting: int = MOST_WAITING,
     ) -> None:
         """`new_cache`: how sessions keep keys and values; by default the model's own way.
 
         `recorder`: told what each answer took. `drafting`: for caches that have its part.
         `session_bytes`: of all conversations, those that are answered at once (one always may be)
-        and those that rest. `most_waiting`: requests before `submit` raises BusyError.
+        and those that rest, in memory; `session_files`: where they rest on disk. `most_waiting`:
+        requests before `submit` raises BusyError.
         """
         self.name, self.description, self.kernel = name, description, kernel
         self.tokenizer, self.context_limit = tokenizer, context_limit
@@ -77,7 +80,7 @@ class Engine:
         self._recorder = recorder
         self._drafting = drafting
         self._inbox = Inbox(most_waiting)
-        self._scheduler = self._scheduling(session_bytes)
+        self._scheduler = self._scheduling(session_bytes, session_files)
         # A daemon, and closed at exit: a forgotten engine must not keep the interpreter alive.
         self._thread = threading.Thread(target=self._scheduler.run, name="mimo-engine", daemon=True)
         atexit.register(self.close)
@@ -92,6 +95,7 @@ class Engine:
         from mimo_local.draft_control import DraftController
         from mimo_local.generate import Drafting
         from mimo_local.loading import load  # brings torch, 2-3 s
+        from mimo_local.session_files import first_words, open_files
 
         found = load(settings, on_event)
         drafting = None
@@ -108,6 +112,9 @@ class Engine:
             recorder=found.recorder,
             drafting=drafting,
             session_bytes=found.session_bytes,
+            session_files=open_files(
+                settings, found.new_cache, name=found.name, describe=first_words(found.tokenizer)
+            ),
         )
 
     def new_session(self) -> Session:
@@ -222,14 +229,14 @@ class Engine:
             kernel=self.kernel,
         )
 
-    def _scheduling(self, session_bytes: int) -> Scheduler:
+    def _scheduling(self, session_bytes: int, session_files: SessionFiles | None) -> Scheduler:
         from mimo_local.scheduler import Scheduler
         from mimo_local.session_pool import SessionPool
 
         return Scheduler(
             self._model,
             self._inbox,
-            SessionPool(self._new_cache, budget=session_bytes),
+            SessionPool(self._new_cache, budget=session_bytes, files=session_files),
             stop_ids=self.stop_ids,
             context_limit=self.context_limit,
             stats=self._stats,

@@ -13,6 +13,8 @@ MimoError
 ├── DiskSpaceError       1    the target file system is too small or full
 ├── DocumentError        1    a document that cannot be read
 ├── TraceError           1    a routing trace that cannot be read
+├── HistoryError         1    saved chats that cannot be read or written
+├── RemoteError          1    a server that cannot be reached, refuses, or breaks off
 ├── DownloadError        1    a package or a file that cannot be fetched
 ├── BusyError            1    more requests wait for the engine than it lets wait
 └── CancelledError     130    the user stopped it
@@ -106,6 +108,14 @@ class DocumentError(MimoError):
 
 class TraceError(MimoError):
     """A file is no routing trace, or a damaged one."""
+
+
+class HistoryError(MimoError):
+    """Saved chats cannot be opened, read or written; a chat goes on without them."""
+
+
+class RemoteError(MimoError):
+    """A server that was asked to answer cannot be reached, refuses, or breaks off."""
 
 
 class DownloadError(MimoError):

@@ -39,6 +39,8 @@ UNREAD: Final = 256
 """Events somebody may be behind before the answer waits for the reader."""
 STALLED_S: Final = 0.05
 """Between two looks whether a reader has caught up."""
+IDLE_S: Final = 5.0
+"""Without work for so long, sessions are saved."""
 SHARED: Final = 256
 """Rows of a prompt that are worth waiting for, if another request is just reading them."""
 
@@ -349,8 +351,14 @@ class Scheduler:
         """Nothing can go on: readers are behind, or there is nothing to do."""
         if self._active:
             self.inbox.wait(STALLED_S)
-        else:
+        elif not self.inbox.wait(IDLE_S):
+            # Saved while nobody asks for anything: a model on the same disk needs all of it.
+            while self.sessions.rest(self._interrupted):
+                pass
             self.inbox.wait()
+
+    def _interrupted(self) -> bool:
+        return len(self.inbox) > 0 or self.inbox.closing
 
 
 def _common(a: list[int], b: list[int]) -> int:

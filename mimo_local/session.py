@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 
 MAX_SNAPSHOTS: Final = RESTARTS
 """Restart points kept per session: a copy of the rings each, 26 MB for the real model."""
+LONG: Final = 1024
+"""New ids of a prompt that holds more than a question: a document and what is asked about it."""
+NEAR_END: Final = (512, 64)
+"""Where such a prompt gets restart points, in ids before its end: most questions begin after."""
 
 
 class Session:
@@ -90,11 +94,21 @@ class Session:
         self.cache.restore(points[-1])
         self.ids = ids[: self.cache.length]
 
+    def foresee(self, total: int) -> None:
+        """A prompt of `total` ids will be read: plan for other questions about the same text."""
+        near = [total - back for back in NEAR_END] if total - len(self.ids) >= LONG else []
+        while len(self._snapshots) + len(near) > MAX_SNAPSHOTS:
+            del self._snapshots[self._least_needed()]
+        self.cache.catch(near)
+
     def remember(self) -> None:
         """Make the present end a point `rewind` can return to from anywhere later."""
         here = self.cache.length
+        new = self.cache.caught()
         if here and all(s.length != here for s in self._snapshots):
-            self._snapshots.append(self.cache.snapshot())
+            new.append(self.cache.snapshot())
+        for snapshot in new:
+            self._snapshots.append(snapshot)
             if len(self._snapshots) > MAX_SNAPSHOTS:
                 del self._snapshots[self._least_needed()]
 

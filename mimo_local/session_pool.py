@@ -2,26 +2,36 @@
 
 A request brings ids and no name of a chat: `take` gives the session that has processed most of
 them, as a copy where other people's words would be lost otherwise. Not for several threads: only
-the engine's thread calls it. Knows bytes and ids, no text, no model and no files' layout.
+the engine's thread calls it. What rested for a while lies on disk too (`session_files`): a chat may
+go on after a restart, or after it made room for others. Knows no text and no model.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from mimo_local.errors import PackError
 from mimo_local.session import MAX_SNAPSHOTS, Session
 
 if TYPE_CHECKING:
     from mimo_local.cache import KVCache
+    from mimo_local.session_files import SessionFiles
 
 LEAST: Final = 32
 """Ids worth keeping or looking for: fewer are read in one step."""
 FORK_FROM: Final = 64
 """Ids of another branch that may be lost: they are read again as fast as a copy is made."""
 COPY_RATIO: Final = 32
-"""Rows copied in the time of one that is made, at least: 23 kB against 15 B weights."""
+"""Rows copied or loaded in the time of one that is made, at least: 23 kB against 15 B weights."""
+LOAD_FROM: Final = 256
+"""Ids that a file must save the reading of."""
+SAVE_FROM: Final = 256
+"""New ids that are worth a save: a restart point takes as many bytes as 1100 rows."""
+CLOSE_S: Final = 10.0
+"""Seconds of saving that somebody who ends the program waits for, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +42,11 @@ class PoolFigures:
     taken: int
     nbytes: int
     budget: int
+    saves: int = 0
+    """Saved and loaded since the start."""
+    loads: int = 0
+    trouble: str = ""
+    """Why sessions are not saved, if they are not."""
 
 
 class SessionPool:
@@ -43,9 +58,17 @@ class SessionPool:
     requests that do not fit together are run together (`fits`).
     """
 
-    def __init__(self, new_cache: Callable[[], KVCache], *, budget: int, most: int = 32) -> None:
-        """`most`: idle sessions, however small."""
-        self.budget, self.most = budget, most
+    def __init__(
+        self,
+        new_cache: Callable[[], KVCache],
+        *,
+        budget: int,
+        files: SessionFiles | None = None,
+        most: int = 32,
+    ) -> None:
+        """`files`: where idle sessions are saved; None: nowhere. `most`: idle ones in memory."""
+        self.budget, self.most, self.files = budget, most, files
+        self.saves = self.loads = 0
         self._new_cache = new_cache
         self._idle: list[Session] = []  # the longest unused first
         self._taken: dict[Session, int] = {}  # ids each may have at its end
@@ -60,19 +83,25 @@ class SessionPool:
         Its last id at least is left to process. `tokens`: how long prompt and answer may become.
         Give it back when the answer is done, whatever became of it.
         """
-        ids = list(ids)
-        most = max(tokens, len(ids))
+        session = self._take(list(ids), max(tokens, len(ids)))
+        session.foresee(len(ids))
+        return session
+
+    def _take(self, ids: list[int], most: int) -> Session:
         source, kept = self._best(ids)
+        if (loaded := self._loaded(ids, kept, most)) is not None:
+            return self._hand_out(loaded, most)
         if source is None:
             return self._hand_out(Session(self._new_cache), most)
         if self._must_copy(source, ids, kept):
             if self._make_room(self._expected(most), spare=source):
-                copy = source.fork(kept, running=source in self._taken)
                 if source in self._idle:
                     self._touch(source)
-                return self._hand_out(copy, most)
+                return self._hand_out(self._copy(source, kept), most)
             if source in self._taken:
                 return self._hand_out(Session(self._new_cache), most)
+            if not self._taken:
+                self._keep(source)
         self._idle.remove(source)
         source.rewind(kept)
         return self._hand_out(source, most)
@@ -82,7 +111,7 @@ class SessionPool:
 
         That is what its last restart point holds; both are given back in the end.
         """
-        return self._hand_out(session.fork(len(session.ids), running=True), self._taken[session])
+        return self._hand_out(self._copy(session, len(session.ids)), self._taken[session])
 
     def fits(self, tokens: int) -> bool:
         """Whether one more session of so many ids fits beside those that are answering."""
@@ -105,6 +134,20 @@ class SessionPool:
             self._evict(self._idle[0])
         self._make_room(0)
 
+    # ---- between requests ------------------------------------------------------------------------
+
+    def rest(self, interrupted: Callable[[], bool]) -> bool:
+        """Nobody asked for anything for some seconds: save one session, the latest first.
+
+        `interrupted` is asked every 16 MB and ends it at once. False: nothing is left to do, or
+        nothing can be done now.
+        """
+        return next(
+            (self._keep(session, interrupted) for session in reversed(self._idle)
+             if self._worth_saving(session)),
+            False,
+        )  # fmt: skip
+
     # ---- what there is ---------------------------------------------------------------------------
 
     @property
@@ -115,10 +158,16 @@ class SessionPool:
     @property
     def figures(self) -> PoolFigures:
         """For meters."""
-        return PoolFigures(len(self._idle), len(self._taken), self.nbytes, self.budget)
+        return PoolFigures(
+            len(self._idle), len(self._taken), self.nbytes, self.budget, self.saves, self.loads,
+            trouble="" if self.files is None else self.files.trouble,
+        )  # fmt: skip
 
     def close(self) -> None:
-        """Let go of all idle sessions."""
+        """Save what is worth it, for some seconds at most, and let go of all idle sessions."""
+        end = time.monotonic() + CLOSE_S
+        while self.rest(lambda: time.monotonic() > end):
+            pass
         self._idle.clear()
 
     # ---- inside ----------------------------------------------------------------------------------
@@ -135,6 +184,38 @@ class SessionPool:
                 found, best = session, rank
         return found, best[0] if found is not None else 0
 
+    def _loaded(self, ids: list[int], kept: int, most: int) -> Session | None:
+        """A saved session that spares more reading than it takes, beside what memory has."""
+        while self.files is not None and (found := self.files.find(ids)) is not None:
+            saved, n = found
+            if n - kept < max(LOAD_FROM, n // COPY_RATIO):
+                return None
+            self._make_room(self._expected(most))
+            try:
+                session = self.files.load(saved, n)
+            except PackError:
+                continue  # it was removed: perhaps another one will do
+            self.loads += 1
+            return session
+        return None
+
+    def _copy(self, source: Session, n: int) -> Session:
+        copy = source.fork(n, running=source in self._taken)
+        if self.files is not None:
+            self.files.inherit(source, copy)
+        return copy
+
+    def _worth_saving(self, session: Session) -> bool:
+        return self.files is not None and self.files.unsaved(session) >= SAVE_FROM
+
+    def _keep(self, session: Session, busy: Callable[[], bool] = lambda: False) -> bool:
+        """Save a session if that is worth it; whether it was saved."""
+        if self.files is None or not self._worth_saving(session):
+            return False
+        saved = self.files.save(session, busy)
+        self.saves += saved
+        return saved
+
     def _must_copy(self, source: Session, ids: list[int], kept: int) -> bool:
         if source in self._taken:
             return True
@@ -142,8 +223,8 @@ class SessionPool:
         return lost > max(FORK_FROM, kept // COPY_RATIO)
 
     def _hand_out(self, session: Session, tokens: int) -> Session:
+        self._make_room(self._expected(tokens, session))
         self._taken[session] = tokens
-        self._make_room(0)
         return session
 
     def _touch(self, session: Session) -> None:
@@ -169,6 +250,9 @@ class SessionPool:
         return True
 
     def _evict(self, session: Session) -> None:
+        """Let one go; on disk first, unless somebody is answering and may need that disk."""
+        if not self._taken:
+            self._keep(session)
         self._idle.remove(session)
 
     @staticmethod

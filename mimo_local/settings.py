@@ -55,6 +55,16 @@ class Paths:
         """Where `mimo quantize` puts packs that are given a name only."""
         return self.data_dir / "packs"
 
+    @property
+    def history_file(self) -> Path:
+        """The saved chats; may not exist."""
+        return self.data_dir / "history.db"
+
+    @property
+    def recipes_dir(self) -> Path:
+        """The user's own recipes; may not exist."""
+        return self.config_dir / "recipes"
+
     def first_pack(self) -> Path | None:
         """The first finished pack in `packs_dir` by name, or None."""
         if not self.packs_dir.is_dir():
@@ -138,6 +148,27 @@ def _path(value: Any) -> Path:
     return Path(value).expanduser()
 
 
+def _address(value: Any) -> str:
+    """A web address without a path's last slash; `off` and an empty text are none at all."""
+    if value in ("", "off"):
+        return ""
+    from urllib.parse import urlsplit
+
+    wanted = "an address like http://10.0.0.5:8000, or off"
+    if not isinstance(value, str):
+        raise ValueError(wanted)
+    try:
+        parts = urlsplit(value.strip())
+        port = parts.port  # raises for what is no port
+    except ValueError:
+        raise ValueError(wanted) from None
+    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
+        raise ValueError(wanted)
+    if parts.username is not None or parts.query or parts.fragment:
+        raise ValueError(f"{wanted}, without a key in it: that goes into MIMO_REMOTE_KEY")
+    return value.strip().rstrip("/")
+
+
 def _switch(value: Any) -> bool:
     if isinstance(value, bool):
         return value
@@ -160,6 +191,7 @@ class Settings:
     prefetch: Prefetch = "auto"
     draft: Draft = "auto"
     kv_dtype: KvDtype = "auto"
+    sessions_size: int | None = None
     window: int | None = None
     preset: str = "chat"
     temperature: float | None = None
@@ -171,6 +203,9 @@ class Settings:
     seed: int | None = None
     system: str | None = None
     think: bool = False
+    history: bool = True
+    remote: str | None = None
+    remote_model: str | None = None
     origin: Mapping[str, str] = field(
         default_factory=lambda: MappingProxyType({}), compare=False, repr=False
     )
@@ -242,6 +277,11 @@ _RULES: Final[dict[str, tuple[Callable[[Any], Any], str]]] = {
         "how keys and values are kept; int8: half of bf16 for layers that see all; "
         "auto: bf16 for packs, f32 for checkpoints",
     ),
+    "sessions_size": (
+        _room,
+        "most disk for chats that rest, like 20GB, so that they go on at once; 0: none; "
+        "unset: 10 GB, or a tenth of what is free if that is less",
+    ),
     "window": (
         _integer(1),
         "keys a sliding layer sees, itself included; unset: the model's (129)",
@@ -265,6 +305,13 @@ _RULES: Final[dict[str, tuple[Callable[[Any], Any], str]]] = {
     ),
     "system": (_text, "system prompt; unset: the model's recommended one"),
     "think": (_switch, "let the model think before it answers"),
+    "history": (_switch, "keep chats and prompts in the data folder, to continue and search them"),
+    "remote": (
+        _address,
+        "ask this OpenAI-compatible server (SGLang, vLLM, `mimo serve`) instead of a model here, "
+        "like http://10.0.0.5:8000; off: none; your texts go there",
+    ),
+    "remote_model": (_text, "the model to ask for there; unset: the one it has, or its MiMo"),
 }
 
 
@@ -282,8 +329,10 @@ def _checked(name: str, value: Any, where: str) -> Any:
     try:
         return _RULES[name][0](value)
     except ValueError as error:
+        # What could be a password in an address is not shown.
+        shown = re.sub(r"//[^/@]*@|[?#].*", "...", str(value)) if name == "remote" else str(value)
         raise UsageError(
-            f"{where} is {str(value)!r}, but must be {error}", hint=f"`{name}`: {describe(name)}"
+            f"{where} is {shown!r}, but must be {error}", hint=f"`{name}`: {describe(name)}"
         ) from None
 
 

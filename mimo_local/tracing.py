@@ -7,7 +7,10 @@ layer's attention, the next one's router. Ids in, a trace file out: knows no tex
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict
 from itertools import pairwise
 from typing import Any
 
@@ -17,7 +20,7 @@ import torch
 
 from mimo_local import ops
 from mimo_local.cache import KVCache
-from mimo_local.cache_file import fingerprint
+from mimo_local.config import ModelConfig
 from mimo_local.errors import UsageError
 from mimo_local.experts.store import Store
 from mimo_local.layers import MoE
@@ -43,6 +46,12 @@ def facts_of(model: Model, name: str, expert_nbytes: int, *, guesses: bool = Fal
         config=fingerprint(config),
         n_guesses=config.experts_per_token if guesses and len(layers) > 1 else 0,
     )
+
+
+def fingerprint(config: ModelConfig) -> str:
+    """Digest of every number of a config; equal for equal configs only."""
+    text = json.dumps(asdict(config), sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def store_of(model: Model) -> Store:

@@ -328,6 +328,12 @@ class FakeCache:
     def trim(self) -> None:
         pass
 
+    def catch(self, points: Sequence[int]) -> None:
+        pass
+
+    def caught(self) -> list[FakeSnapshot]:
+        return []
+
     def fork(
         self, into: FakeCache, at: FakeSnapshot | None, points: Sequence[FakeSnapshot]
     ) -> list[FakeSnapshot]:

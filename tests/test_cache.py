@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import random
-from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
 
 from mimo_local.cache import KVCache
-from mimo_local.cache_file import fingerprint
 from mimo_local.cache_layers import SPARE_ROWS, View, coded
 from mimo_local.config import LayerSpec, ModelConfig
-from mimo_local.errors import MimoError, PackError, UsageError
+from mimo_local.errors import UsageError
 
 
 def config(window: int = 5, attention: str = "fsfs") -> ModelConfig:
@@ -321,116 +316,3 @@ def test_a_cache_filled_in_inference_mode_can_be_restored_outside() -> None:
     lists.step(cache, 1)
     cache.restore(snapshot)
     lists.step(cache, 50)
-
-
-# ---- files ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture(params=[torch.bfloat16, torch.int8])
-def saved(tmp_path: Path, request: pytest.FixtureRequest) -> tuple[Path, ModelConfig]:
-    facts = config(9)
-    cache = KVCache(facts, dtype=request.param, slack=3)
-    Lists(facts, request.param).step(cache, 77)
-    cache.save(tmp_path / "kv.safetensors")
-    return tmp_path / "kv.safetensors", facts
-
-
-@pytest.mark.parametrize("n", [0, 1, 5, 9, 100])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
-def test_a_loaded_cache_shows_the_saved_rows(tmp_path: Path, n: int, dtype: torch.dtype) -> None:
-    facts = config(9)
-    cache, lists = KVCache(facts, dtype=dtype, slack=2), Lists(facts, dtype)
-    if n:
-        lists.step(cache, n)
-    cache.save(tmp_path / "kv")
-    again = KVCache.load(tmp_path / "kv", facts)
-    assert (again.length, again.dtype, again.slack) == (n, dtype, 2)
-    again.truncate(max(0, n - 2))
-    lists.step(again, 3)
-    lists.step(again, 60)
-    assert [p.name for p in tmp_path.iterdir()] == ["kv"]
-
-
-def test_a_cache_of_another_model_or_window_is_refused(saved: tuple[Path, ModelConfig]) -> None:
-    path, facts = saved
-    for other in (config(10), config(9, "fssf")):
-        assert fingerprint(other) != fingerprint(facts)
-        with pytest.raises(PackError, match="another model"):
-            KVCache.load(path, other)
-
-
-def test_every_flipped_byte_is_noticed(saved: tuple[Path, ModelConfig]) -> None:
-    path, facts = saved
-    whole = path.read_bytes()
-    dice = random.Random(1)
-    for position in [0, 3, 8, 9, len(whole) - 1, *dice.sample(range(len(whole)), 120)]:
-        broken = bytearray(whole)
-        broken[position] ^= 1 << dice.randrange(8)
-        path.write_bytes(bytes(broken))
-        with pytest.raises(PackError) as e:
-            KVCache.load(path, facts)
-        assert e.value.hint
-    for size in (0, 7, 100, len(whole) - 1):
-        path.write_bytes(whole[:size])
-        with pytest.raises(PackError):
-            KVCache.load(path, facts)
-    path.unlink()
-    with pytest.raises(PackError, match="not a saved cache"):
-        KVCache.load(path, facts)
-
-
-@pytest.mark.parametrize(
-    "lie",
-    [
-        {"length": 78}, {"length": -1}, {"length": None}, {"slack": 2**40}, {"slack": 0},
-        {"first": [0] * 4}, {"first": []}, {"first": None}, {"first": [0, 77, 0, 77]},
-    ],
-)  # fmt: skip
-def test_a_consistent_checksum_over_impossible_facts_is_refused(
-    saved: tuple[Path, ModelConfig], lie: dict[str, Any]
-) -> None:
-    from safetensors import safe_open
-
-    from mimo_local import cache_file as module
-
-    path, facts = saved
-    with safe_open(path, framework="pt") as file:
-        meta = dict(file.metadata())
-    claims = json.loads(meta["mimo"]) | lie
-    tensors = load_file(path)
-    meta = {"mimo": json.dumps(claims), "checksum": module.checksum(claims, tensors)}
-    save_file(tensors, path, metadata=meta)
-    with pytest.raises(PackError, match="do not fit"):
-        KVCache.load(path, facts)
-
-
-def test_codes_without_scales_that_fit_are_refused(tmp_path: Path) -> None:
-    from safetensors import safe_open
-
-    from mimo_local import cache_file as module
-
-    facts, path = config(9), tmp_path / "kv"
-    cache = KVCache(facts, dtype=torch.int8)
-    Lists(facts, torch.int8).step(cache, 20)
-    cache.save(path)
-    with safe_open(path, framework="pt") as file:
-        claims = json.loads(file.metadata()["mimo"])
-    whole = load_file(path)
-    scales, ring = whole["layers.0.k_scales"], whole["layers.1.v"]
-    for name, lie in {
-        "layers.0.k_scales": None, "layers.0.v_scales": scales[:5].clone(),
-        "layers.2.k_scales": scales.to(torch.int8), "layers.1.v": ring.to(torch.int8),
-    }.items():  # fmt: skip
-        tensors = whole | ({} if lie is None else {name: lie})
-        if lie is None:
-            del tensors[name]
-        meta = {"mimo": json.dumps(claims), "checksum": module.checksum(claims, tensors)}
-        save_file(tensors, path, metadata=meta)
-        with pytest.raises(PackError, match="do not fit"):
-            KVCache.load(path, facts)
-
-
-def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    with pytest.raises(MimoError, match="cannot write") as e:
-        KVCache(config()).save(tmp_path / "no such folder" / "kv")
-    assert e.value.hint

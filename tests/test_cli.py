@@ -462,7 +462,6 @@ def test_plain_chat_is_line_by_line_and_remembers(
     assert cli.main(["chat"]) == 0, "stderr is no terminal here, so there is no window to draw"
     assert out.getvalue() == "one\ntwo\n"
     assert len(engine.requests) == 2
-    assert engine.requests[1].session is engine.requests[0].session
     for text in ("first", "one", "second"):
         assert text in engine.requests[1].prompt
 

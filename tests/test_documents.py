@@ -579,3 +579,15 @@ def test_every_word_of_the_example_survives_the_way_through_pdf() -> None:
     assert " ".join(found.text.split()) == " ".join(source.text.replace("#", "").split())
     assert [e.title for e in found.outline] == [e.title for e in source.outline]
     assert len(found.pages) >= 2 and not found.unread and not found.warnings
+
+
+def test_the_whole_of_a_text_keeps_lines_and_indents_which_its_pages_do_not() -> None:
+    program = "def f():\n" + "".join(f"    if {i}:\n\n\n        g()  \n" for i in range(500))
+    for name in ("a.py", "a.md"):
+        found = read(program.replace("\n", "\r\n").encode() + b"\xe2\x80\xae", name=name)
+        assert found.whole == program.rstrip("\n")
+        assert len(found.pages) > 1 and found.text != found.whole
+    part = read(program.encode(), name="a.py", pages="2")
+    assert part.whole == part.text and len(part.whole) < len(program) / 2
+    page = read(b"<html><p>a</p><p>b</p></html>", name="a.html")
+    assert page.whole == page.text

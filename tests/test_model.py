@@ -301,19 +301,6 @@ def test_truncate_and_redo_equals_straight_on(small: Model, at: int) -> None:
         assert relative(found, wanted[start : start + 1]) < 1e-5
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
-def test_a_saved_cache_continues_where_it_was(
-    small: Model, tmp_path: Path, dtype: torch.dtype
-) -> None:
-    ids = ids_for(small, 70)
-    cache = small.new_cache(dtype=dtype)
-    small.prefill(Segment(ids[:50], cache))
-    cache.save(tmp_path / "kv")
-    again = KVCache.load(tmp_path / "kv", small.config)
-    wanted = small.forward([Segment(ids[50:], cache)])
-    assert torch.equal(small.forward([Segment(ids[50:], again)]), wanted)
-
-
 def test_a_snapshot_is_a_restart_point(small: Model) -> None:
     ids, other = ids_for(small, 40), ids_for(small, 90, seed=1)
     cache = small.new_cache()

@@ -7,8 +7,7 @@ cache holds, and on a tiny model with sliding and full layers and an MTP drafter
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 import tiny
@@ -16,66 +15,19 @@ import torch
 from fakes import FakeCache, FakeModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pools import MOST, WINDOW, Chats, fake, from_scratch, new_cache, small_model, text
 
 from mimo_local.cache import KVCache
+from mimo_local.config import ModelConfig
 from mimo_local.draft_control import DraftController
-from mimo_local.experts.store import ExpertStore
 from mimo_local.generate import Drafting, generate
 from mimo_local.model import Model
 from mimo_local.mtp import Drafter
 from mimo_local.sampler import SamplingParams
 from mimo_local.session import MAX_SNAPSHOTS, Session, common_prefix
 from mimo_local.session_pool import FORK_FROM, LEAST, SessionPool
-from mimo_local.weights import open_weights
 
 torch.set_num_threads(1)
-WINDOW = 9
-MOST = 1 << 40
-
-
-class Chats:
-    """What an engine does with a pool, one request after the other; counts what is processed."""
-
-    def __init__(self, model: Any, pool: SessionPool, drafting: Drafting | None = None) -> None:
-        self.model, self.pool, self.drafting = model, pool, drafting
-        self.read = 0
-        """Prompt ids of the last request that went through the model."""
-
-    def begin(self, ids: list[int], n: int) -> tuple[Session, Any]:
-        session = self.pool.take(ids, tokens=len(ids) + n)
-        assert session.ids == ids[: len(session.ids)] and len(session.ids) < len(ids)
-        assert session.cache.length == len(session.ids)
-        self.read = len(ids) - session.cache.length
-        session.ids[:] = ids
-        params = SamplingParams(temperature=0.0, max_tokens=n)
-        steps = generate(self.model, session.cache, session.ids, params, drafting=self.drafting)
-        return session, steps
-
-    def ask(self, ids: list[int], n: int = 6, *, stop_after: int = MOST) -> list[int]:
-        session, steps = self.begin(ids, n)
-        made: list[int] = []
-        for token in steps:
-            if not made:
-                session.remember()
-            made.append(token)
-            if len(made) == stop_after:
-                steps.close()
-        session.remember()
-        self.pool.give_back(session)
-        return made
-
-
-def from_scratch(model: Any, ids: list[int], n: int = 6) -> list[int]:
-    params = SamplingParams(temperature=0.0, max_tokens=n)
-    return list(generate(model, model.new_cache(), list(ids), params))
-
-
-def fake(budget: int = MOST, **kwargs: Any) -> Chats:
-    return Chats(FakeModel(), SessionPool(FakeCache, budget=budget, **kwargs))  # type: ignore[arg-type]
-
-
-def text(n: int, seed: int = 0) -> list[int]:
-    return random.Random(seed).choices(range(64), k=n)
 
 
 # ---- one session ---------------------------------------------------------------------------------
@@ -294,11 +246,7 @@ def test_giving_back_twice_is_a_mistake() -> None:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Drafter]:
-    facts = tiny.config("fsfs", "dmdd", window=WINDOW, vocab=64, context=1 << 16)
-    folder = tiny.write(tmp_path_factory.mktemp("tiny"), facts, mtp_layers=3)
-    weights = open_weights(folder)
-    model = Model(weights, ExpertStore(weights))
-    return model, Drafter(weights, model)
+    return small_model(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(params=[False, True], ids=["plain", "drafting"])
@@ -306,18 +254,6 @@ def chats(small: tuple[Model, Drafter], request: pytest.FixtureRequest) -> Itera
     model, drafter = small
     drafting = Drafting(drafter, DraftController(3, fixed=3)) if request.param else None
     yield Chats(model, SessionPool(new_cache(small, request.param), budget=MOST), drafting)
-
-
-def new_cache(small: tuple[Model, Drafter], drafts: bool) -> Callable[[], KVCache]:
-    model, drafter = small
-
-    def make() -> KVCache:
-        cache = model.new_cache(dtype=torch.bfloat16)
-        if drafts:
-            cache.draft = drafter.new_cache(torch.bfloat16, cache.slack)
-        return cache
-
-    return make
 
 
 def alone(chats: Chats, ids: list[int], n: int = 6) -> list[int]:
@@ -343,6 +279,55 @@ def test_a_long_chats_last_turn_costs_its_new_ids_only(chats: Chats) -> None:
         made = chats.ask([*branch, i], 5)
         assert chats.read <= 2, "switched between branches"
         assert made == alone(chats, [*branch, i], 5)
+
+
+def test_another_question_about_a_long_text_reads_the_question(chats: Chats) -> None:
+    document = text(3000)
+    for i, question in enumerate((text(30, 1), text(50, 2), text(400, 3), text(20, 4))):
+        ids = [*document, *question]
+        made = chats.ask(ids, 12)
+        assert made == alone(chats, ids, 12)
+        assert chats.read <= (len(ids) if i == 0 else len(question) + 64)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**9), st.sampled_from([1, 7, 8, 33, 100, 512]))
+def test_a_point_within_a_prompt_is_as_if_reading_had_paused_there(seed: int, piece: int) -> None:
+    """Rings and full layers, prompts in pieces of any size, one or many, after any beginning."""
+    dice = random.Random(seed)
+    facts = ModelConfig.from_dict(tiny.config("fsfs", "dddd", window=WINDOW))
+    cache, twin = (KVCache(facts, dtype=torch.float32) for _ in range(2))
+    start, total = dice.choice([0, 3, 40, 200]), dice.randint(40, 700)
+    rows = [
+        [torch.randn(start + total, s.kv_heads, d) for d in (s.head_dim, s.v_head_dim)]
+        for s in facts.layers
+    ]
+
+    def read(into: KVCache, a: int, b: int) -> None:
+        for i, (k, v) in enumerate(rows):
+            for at in range(a, b, piece):
+                end = min(at + piece, b)
+                into.append(i, k[at:end], v[at:end], at=at - a)
+        into.advance(b - a)
+
+    for each in (cache, twin):
+        if start:
+            read(each, 0, start)
+    points = sorted(dice.sample(range(start + 1, start + total + 1), 3))
+    cache.catch([*points, start + total + 5])
+    read(cache, start, start + total)
+    found = cache.caught()
+    assert [point.length for point in found] == points and not cache.caught()
+    chosen = dice.choice(found)
+    read(twin, start, chosen.length)
+    cache.restore(chosen)
+    for mine, theirs in zip(cache.layers, twin.layers, strict=True):
+        first, kept = mine.rows(chosen.length)
+        first_too, kept_too = theirs.rows(chosen.length)
+        skip = max(first, first_too)
+        assert mine.reaches(chosen.length)
+        for name, part in kept.items():
+            assert torch.equal(part[skip - first :], kept_too[name][skip - first_too :])
 
 
 def test_memory_is_counted_as_it_is(chats: Chats) -> None:

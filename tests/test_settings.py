@@ -23,6 +23,7 @@ VALUES = {
     "prefetch": ('"on"', "on", "off", "off", "auto"),
     "draft": ('"on"', "on", "off", "off", "auto"),
     "kv_dtype": ('"f32"', "f32", "int8", "int8", "auto"),
+    "sessions_size": ("0", 0, "20GB", 20 * 10**9, 10**9),
     "window": ("5", 5, "6", 6, 7),
     "preset": ('"code"', "code", "math", "math", "agent"),
     "temperature": ("0", 0.0, "0.5", 0.5, 1.5),
@@ -34,6 +35,9 @@ VALUES = {
     "seed": ("0", 0, "2", 2, 3),
     "system": ('"x"', "x", "y", "y", "z"),
     "think": ("true", True, "0", False, True),
+    "history": ("false", False, "1", True, False),
+    "remote": ('"http://a:1/"', "http://a:1", "https://b/v1", "https://b/v1", "http://[::1]:8000"),
+    "remote_model": ('"x"', "x", "y", "y", "z"),
 }
 
 
@@ -104,6 +108,14 @@ def test_a_flag_that_was_not_typed_and_an_empty_variable_say_nothing(paths: Path
         ("system", "3"),
         ("think", '"maybe"'),
         ("model", '""'),
+        ("history", '"perhaps"'),
+        ("remote", '"10.0.0.5:8000"'),
+        ("remote", '"ftp://a"'),
+        ("remote", '"http://:80"'),
+        ("remote", '"http://a:99999"'),
+        ("remote", '"http://user:secret@a"'),
+        ("remote", '"http://a/?key=secret"'),
+        ("remote_model", "1"),
     ],
 )
 def test_a_bad_value_names_file_key_and_value(name: str, bad: str, paths: Paths) -> None:
@@ -113,6 +125,19 @@ def test_a_bad_value_names_file_key_and_value(name: str, bad: str, paths: Paths)
     assert str(paths.config_file) in str(caught.value)
     assert f"`{name}`" in str(caught.value)
     assert describe(name) in caught.value.hint
+
+
+@pytest.mark.parametrize("address", ["http://user:s3cret@a", "https://a/v1?key=s3cret"])
+def test_a_secret_in_an_address_is_refused_and_not_shown(address: str, paths: Paths) -> None:
+    with pytest.raises(UsageError) as caught:
+        Settings.resolve(paths=paths, env={"MIMO_REMOTE": address})
+    assert "s3cret" not in str(caught.value) + caught.value.hint
+    assert "MIMO_REMOTE_KEY" in str(caught.value)
+
+
+def test_off_is_no_address_and_beats_the_file(paths: Paths) -> None:
+    write(paths, 'remote = "http://a"\n')
+    assert not Settings.resolve(paths=paths, env={}, remote="off").remote
 
 
 @pytest.mark.parametrize(

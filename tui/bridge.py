@@ -67,6 +67,8 @@ class ChatDefaults:
     overrides: Mapping[str, float | int | None] = field(default_factory=dict)
     """Fields of SamplingParams the user typed; they win over any preset."""
     stop: tuple[str, ...] = ()
+    chat_id: int | None = None
+    """A saved chat to go on with."""
 
 
 def screen_cpu() -> Callable[[], float]:

@@ -1,4 +1,4 @@
-"""Slash commands: what there is, and text -> command. Pure functions, no screen.
+"""The window's slash commands: the part of the shared table it has, and the shared grammar.
 
 Does not know what a command does: the chat screen acts on the returned dataclass, the help screen
 and the palette list the same table.
@@ -6,118 +6,36 @@ and the palette list the same table.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from difflib import get_close_matches
 
+from mimo_local import commands as shared
+from mimo_local.commands import BadCommand, Command, Spec, Suggestion, unescape
 
-@dataclass(frozen=True, slots=True)
-class Spec:
-    """One command of the table."""
+__all__ = [
+    "ALIASES",
+    "COMMANDS",
+    "BadCommand",
+    "Command",
+    "Spec",
+    "Suggestion",
+    "parse",
+    "suggest",
+    "unescape",
+]
 
-    name: str
-    help: str
-    argument: str = ""
-    """How the argument is written in help; empty if the command takes none."""
-
-
-COMMANDS: tuple[Spec, ...] = (
-    Spec("help", "keys and commands"),
-    Spec("clear", "start a new chat"),
-    Spec("preset", "sampling for a kind of task; alone: list them", "NAME"),
-    Spec("system", "set the system prompt; alone: show it; `-`: the model's own", "TEXT"),
-    Spec("think", "let the model think first; alone: toggle", "on|off"),
-    Spec("stats", "figures of the last answer and the model"),
-    Spec("regen", "answer the last prompt again"),
-    Spec("exit", "quit"),
+HERE = ("help", "clear", "preset", "system", "think", "stats", "regen", "exit")
+"""What the window has, in the order it is listed."""
+COMMANDS: tuple[Spec, ...] = tuple(
+    next(spec for spec in shared.COMMANDS if spec.name == name) for name in HERE
 )
-ALIASES = {"?": "help", "new": "clear", "quit": "exit", "bye": "exit", "regenerate": "regen"}
-THINK_WORDS = {"": "toggle", "on": "on", "off": "off", "yes": "on", "no": "off"}
-
-
-@dataclass(frozen=True, slots=True)
-class Command:
-    """A command the user meant; `argument` is checked and stripped."""
-
-    name: str
-    argument: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class BadCommand:
-    """Something that looks like a command but is none."""
-
-    message: str
-    hint: str
+ALIASES = {alias: name for alias, name in shared.ALIASES.items() if name in HERE}
 
 
 def parse(text: str, presets: Sequence[str] = ()) -> Command | BadCommand | None:
-    """`/name argument` -> Command, a mistake -> BadCommand, everything else -> None (a prompt).
-
-    A path (`/etc/fstab says ...`) and `//anything` are prompts.
-    """
-    match = re.fullmatch(r"/([A-Za-z]+|\?)(?:\s+(.*))?", text.rstrip(), re.DOTALL)
-    if match is None:
-        return None
-    name = match[1].lower()
-    name = ALIASES.get(name, name)
-    argument = (match[2] or "").strip()
-    spec = next((c for c in COMMANDS if c.name == name), None)
-    if spec is None:
-        close = get_close_matches(name, [c.name for c in COMMANDS], n=1)
-        hint = f"did you mean `/{close[0]}`? " if close else "`/help` lists the commands; "
-        return BadCommand(f"there is no command `/{name}`", hint + "`//` sends a leading slash")
-    return _with_argument(spec, argument, presets)
-
-
-def _with_argument(spec: Spec, argument: str, presets: Sequence[str]) -> Command | BadCommand:
-    if not spec.argument and argument:
-        return BadCommand(f"`/{spec.name}` takes no argument", f"type `/{spec.name}` alone")
-    if spec.name == "think":
-        if argument.lower() not in THINK_WORDS:
-            return BadCommand(f"`/think {argument}` is neither on nor off", "`/think on|off`")
-        return Command("think", THINK_WORDS[argument.lower()])
-    if spec.name == "preset" and argument:
-        if argument.lower() not in presets:
-            return BadCommand(f"there is no preset `{argument}`", "one of " + ", ".join(presets))
-        return Command("preset", argument.lower())
-    return Command(spec.name, argument)
-
-
-def unescape(text: str) -> str:
-    """The prompt that `//...` stands for."""
-    return text[1:] if text.startswith("//") else text
-
-
-@dataclass(frozen=True, slots=True)
-class Suggestion:
-    """One line under the prompt: `insert` replaces the text when Tab is pressed."""
-
-    insert: str
-    label: str
-    help: str
+    """`/name argument` -> Command, a mistake -> BadCommand, everything else -> None (a prompt)."""
+    return shared.parse(text, presets, COMMANDS)
 
 
 def suggest(text: str, presets: Sequence[str] = ()) -> tuple[Suggestion, ...]:
     """What an unfinished command could become; nothing if the text is no command line."""
-    match = re.fullmatch(r"/([A-Za-z]*)", text)
-    if match is not None:
-        return tuple(
-            Suggestion(f"/{c.name}" + (" " if c.argument else ""), _label(c), c.help)
-            for c in COMMANDS
-            if c.name.startswith(match[1].lower())
-        )
-    match = re.fullmatch(r"/(preset|think) +(\w*)", text)
-    if match is None:
-        return ()
-    words = presets if match[1] == "preset" else ("on", "off")
-    return tuple(
-        Suggestion(f"/{match[1]} {word}", f"/{match[1]} {word}", "")
-        for word in words
-        if word.startswith(match[2].lower())
-    )
-
-
-def _label(spec: Spec) -> str:
-    return f"/{spec.name} {spec.argument}".rstrip()
+    return shared.suggest(text, presets, COMMANDS)

@@ -16,7 +16,19 @@ from typing import Annotated
 import typer
 
 from mimo_local import __version__
-from mimo_local.cli import chat, config, machine, packs, plan, replay, summarize, trace
+from mimo_local.cli import (
+    chat,
+    config,
+    history,
+    machine,
+    packs,
+    plan,
+    replay,
+    run,
+    sessions,
+    summarize,
+    trace,
+)
 from mimo_local.cli.status import say
 from mimo_local.errors import ExitCode, MimoError
 from mimo_local.settings import Paths
@@ -55,6 +67,7 @@ def top(
 
 app.command(name="chat")(chat.chat)
 app.command(name="summarize")(summarize.summarize)
+app.command(name="run")(run.run)
 app.command(name="quantize")(packs.quantize)
 app.command(name="verify")(packs.verify)
 app.command(name="demo")(packs.demo)
@@ -63,6 +76,8 @@ app.command(name="doctor")(machine.doctor)
 app.command(name="bench")(machine.bench)
 app.command(name="trace")(trace.trace)
 app.command(name="replay")(replay.replay)
+app.add_typer(history.app, name="history")
+app.add_typer(sessions.app, name="sessions")
 app.add_typer(config.app, name="config")
 
 

@@ -17,16 +17,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mimo_local import chat as chats
-from mimo_local.chat import Chat, Message, Piece, preset
+from mimo_local.chat import Attachment, Chat, Message, Piece, preset
 from mimo_local.cli import models
-from mimo_local.cli.status import Status, colours, say
+from mimo_local.cli.status import Status, clean, colours, say
 from mimo_local.errors import DocumentError, ExitCode, UsageError
 from mimo_local.events import Done, DraftFigures, ExpertFigures, Failed, Prefill, Stats
 from mimo_local.sampler import SamplingParams
 from mimo_local.sizes import gb
 
 if TYPE_CHECKING:
-    from mimo_local.engine import Engine, Session
+    from mimo_local.chat import Backend
+    from mimo_local.cli.keep import Keeper
+    from mimo_local.engine import Session
     from mimo_local.settings import Settings
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
@@ -55,41 +57,51 @@ class Answer:
 # -- the question ----------------------------------------------------------------------------------
 
 
-def question(prompt: str | None, files: Sequence[str]) -> str | None:
-    """Documents, then piped text, then the prompt as one message; None if there is nothing."""
-    parts = [document(name) for name in files]
+def question(prompt: str | None, files: Sequence[str]) -> Message | None:
+    """Documents, then piped text and the prompt as one message; None if there is nothing."""
+    attached = [attachment(name) for name in files]
+    parts = []
     if "-" not in files and not sys.stdin.isatty():
-        parts.append(piped(sys.stdin.buffer.read()))
+        match piped(sys.stdin.buffer.read()):
+            case Attachment() as document:
+                attached.append(document)
+            case text:
+                parts.append(text)
     parts.append((prompt or "").strip())
-    parts = [part for part in parts if part]
-    if not parts and (prompt is not None or files):
+    text = "\n\n".join(part for part in parts if part)
+    if text or attached:
+        return Message("user", text, attachments=tuple(attached))
+    if prompt is not None or files:
         raise UsageError("the prompt is empty", hint='try `mimo chat "your question"`')
-    return "\n\n".join(parts) or None
+    return None
 
 
-def piped(data: bytes) -> str:
+def piped(data: bytes) -> str | Attachment:
     """Piped text as it is; a PDF or the like through `documents`."""
     if b"\0" not in data and not data.startswith(b"%PDF"):
         with suppress(UnicodeDecodeError):
             return data.decode("utf-8-sig").strip()
-    return document("-", data)
+    return attachment("-", data)
 
 
-def document(name: str, data: bytes | None = None) -> str:
-    """The text of a file (`-`: stdin) under its name; what could not be read is said on stderr."""
+def attachment(name: str, data: bytes | None = None, *, called: str = "") -> Attachment:
+    """A file (`-`: stdin) as a document; what could not be read of it is said on stderr.
+
+    `called`: the name the model is told, else the one given.
+    """
     from mimo_local import documents
 
     if name == "-":
         data = sys.stdin.buffer.read() if data is None else data
         found = documents.read(data, name="stdin")
     else:
-        found = documents.read(Path(name), name=name)
+        found = documents.read(Path(name), name=called or name)
     for warning in found.warnings:
         say(f"{found.name}: {warning}")
-    text = "\n\n".join(page.text.strip() for page in found.pages if page.text.strip())
-    if not text:
+    text = found.whole  # every line with its indent: it may be a program
+    if not text.strip():
         raise DocumentError(f"there is no text in {found.name}", hint="this tool does no OCR")
-    return f"Document {found.name}:\n\n{text}"
+    return Attachment(found.name, text)
 
 
 def overrides(settings: Settings) -> dict[str, Any]:
@@ -107,14 +119,16 @@ def sampling(settings: Settings) -> SamplingParams:
 # -- the answer ------------------------------------------------------------------------------------
 
 
-def once(settings: Settings, text: str, look: Look) -> int:
+def once(settings: Settings, message: Message, look: Look, keeper: Keeper) -> int:
     """One question, one answer, the exit status."""
     params = sampling(settings)
-    engine = models.open_engine(settings)
+    chat = keeper.chat or new_chat(settings)
+    engine = models.open_backend(settings)
     try:
-        chat = new_chat(settings)
-        chat.messages.append(Message("user", text))
-        found = ask(engine, engine.new_session(), chat, params, look)
+        chat.messages.append(message)
+        keeper.prompt(chat)
+        found = ask(engine, None, chat, params, look)
+        keeper.answer(chat, found.stats, engine.name)
         if look.json:
             print(json.dumps(as_dict(found, engine.name), ensure_ascii=False))
     finally:
@@ -122,31 +136,33 @@ def once(settings: Settings, text: str, look: Look) -> int:
     return ExitCode.INTERRUPTED if found.reason == "cancelled" else ExitCode.OK
 
 
-def lines(settings: Settings, look: Look) -> int:
-    """A chat without a window: a line is a message, end of input or /bye ends it."""
-    params = sampling(settings)
-    engine = models.open_engine(settings)
-    say("type a message; /bye or Ctrl-D ends the chat, Ctrl-C stops an answer")
+def lines(settings: Settings, look: Look, keeper: Keeper) -> int:
+    """A chat without a window, until the end of input or `/exit`."""
+    from mimo_local.cli.plain import PlainChat
+    from mimo_local.cli.prompt import reader
+
+    sampling(settings)  # a wrong preset is said before the model is loaded
+    chat = keeper.chat or new_chat(settings)
+    engine = models.open_backend(settings)
     try:
-        chat, session = new_chat(settings), engine.new_session()
-        while (text := _typed()) is not None:
-            if not text:
-                continue
-            chat.messages.append(Message("user", text))
-            found = ask(engine, session, chat, params, look)
-            if look.json:
-                print(json.dumps(as_dict(found, engine.name), ensure_ascii=False), flush=True)
+        source = reader(plain=look.plain, json=look.json, remember=keeper.prompts)
+        say("type a message; /help lists keys and commands, Ctrl-D ends, Ctrl-C stops an answer")
+        PlainChat(engine, settings, look, source, keeper, chat).run()
     finally:
         engine.close()
     return ExitCode.OK
 
 
-def new_chat(settings: Settings) -> Chat:
-    """An empty chat as the settings want it."""
+def new_chat(settings: Settings, like: Chat | None = None) -> Chat:
+    """An empty chat as the settings want it, or with the switches of another one."""
+    if like is not None:
+        return Chat(system=like.system, preset=like.preset, thinking=like.thinking)
     return Chat(system=settings.system or "", preset=settings.preset, thinking=settings.think)
 
 
-def ask(engine: Engine, session: Session, chat: Chat, params: SamplingParams, look: Look) -> Answer:
+def ask(
+    engine: Backend, session: Session | None, chat: Chat, params: SamplingParams, look: Look
+) -> Answer:
     """Stream the answer to the chat's last message; raises what the engine reports as failed."""
     reply = chats.ask(engine, session, chat, params, stop=look.stop)
     status, screen, found = Status(), _Screen(look), Answer()
@@ -167,9 +183,16 @@ def ask(engine: Engine, session: Session, chat: Chat, params: SamplingParams, lo
                     raise event.error
     status.clear()
     screen.end()
-    for note in notes(found, look, params):
+    for note in (*notes(found, look, params), *engine_notes(engine)):
         say(note)
     return found
+
+
+def engine_notes(engine: Backend) -> list[str]:
+    """What a server did that was not asked for."""
+    from mimo_local.remote import Remote
+
+    return engine.take_notes() if isinstance(engine, Remote) else []
 
 
 @contextmanager
@@ -199,17 +222,21 @@ def notes(found: Answer, look: Look, params: SamplingParams) -> Iterator[str]:
         case "context":
             yield "stopped: the context is full"
     if look.stats:
-        s = found.stats
-        yield (
-            f"prompt {s.prompt_tokens} tokens ({s.cached_tokens} cached) "
-            f"{s.prefill_tokens_per_s:.1f} t/s | answer {s.completion_tokens} tokens "
-            f"{s.decode_tokens_per_s:.1f} t/s | context {s.context_used} of {s.context_limit} "
-            f"| cache {s.cache_bytes / 1e6:.1f} MB | {s.kernel}"
-        )
-        if s.draft is not None:
-            yield draft_line(s.draft)
-        if s.experts is not None:
-            yield expert_line(s, s.experts)
+        yield from figures(found.stats)
+
+
+def figures(s: Stats) -> Iterator[str]:
+    """What an answer took: speeds, counts, the experts and drafts where there are any."""
+    yield (
+        f"prompt {s.prompt_tokens} tokens ({s.cached_tokens} cached) "
+        f"{s.prefill_tokens_per_s:.1f} t/s | answer {s.completion_tokens} tokens "
+        f"{s.decode_tokens_per_s:.1f} t/s | context {s.context_used} of {s.context_limit} "
+        f"| cache {s.cache_bytes / 1e6:.1f} MB | {s.kernel}"
+    )
+    if s.draft is not None:
+        yield draft_line(s.draft)
+    if s.experts is not None:
+        yield expert_line(s, s.experts)
 
 
 def draft_line(d: DraftFigures) -> str:
@@ -263,6 +290,7 @@ class _Screen:
     def __init__(self, look: Look) -> None:
         self._json = look.json
         self._dim = colours(sys.stderr) and not look.plain
+        self._clean = {"thinking": sys.stderr.isatty(), "answer": sys.stdout.isatty()}
         self._last = ""
         self._open = ""  # the stream whose line is not ended yet
 
@@ -273,7 +301,8 @@ class _Screen:
         if self._open and self._open != piece.kind:
             self.end()
         thinking = piece.kind == "thinking"
-        text = f"{DIM}{piece.text}{PLAIN}" if thinking and self._dim else piece.text
+        text = clean(piece.text) if self._clean[piece.kind] else piece.text
+        text = f"{DIM}{text}{PLAIN}" if thinking and self._dim else text
         print(text, end="", file=sys.stderr if thinking else sys.stdout, flush=True)
         self._open, self._last = piece.kind, piece.text
 
@@ -282,14 +311,3 @@ class _Screen:
         if self._open and not self._last.endswith("\n"):
             print(file=sys.stderr if self._open == "thinking" else sys.stdout, flush=True)
         self._open = ""
-
-
-def _typed() -> str | None:
-    """The next message, or None at the end of input."""
-    try:
-        print("> ", end="", file=sys.stderr, flush=True)
-        text = sys.stdin.readline()
-    except KeyboardInterrupt:
-        say("\nCtrl-D ends the chat")
-        return ""
-    return None if not text or text.strip() == "/bye" else text.strip()

@@ -18,6 +18,8 @@ from mimo_local.cli.models import (
     MaxTokensOption,
     ModelOption,
     RamOption,
+    RemoteModelOption,
+    RemoteOption,
     SeedOption,
     ThreadsOption,
     VramOption,
@@ -52,6 +54,12 @@ Stats = Annotated[bool, typer.Option("--stats", help="print speeds and token cou
 Plain = Annotated[
     bool, typer.Option("--plain", help="chat line by line instead of in a window, no colours")
 ]
+Last = Annotated[bool, typer.Option("-c", "--continue", help="go on with the last chat")]
+Number = Annotated[
+    int | None,
+    typer.Option("--id", help="go on with this chat of `mimo history list`", metavar="N"),
+]
+Kept = Annotated[bool | None, typer.Option("--history/--no-history", help=describe("history"))]
 
 
 def chat(
@@ -77,6 +85,11 @@ def chat(
     json: JsonOption = False,
     stats: Stats = False,
     plain: Plain = False,
+    last: Last = False,
+    number: Number = None,
+    history: Kept = None,
+    remote: RemoteOption = None,
+    remote_model: RemoteModelOption = None,
 ) -> int:
     """Answer one prompt, or open the chat window.
 
@@ -85,28 +98,43 @@ def chat(
     """
     flags = {name: value for name, value in locals().items() if name in Settings.__slots__}
     settings = Settings.resolve(**flags)
+    if last and number is not None:
+        raise UsageError("-c and --id name two chats", hint="give one of them")
     from mimo_local.cli import answer
+    from mimo_local.cli.keep import Keeper
 
     question = answer.question(prompt, tuple(file or ()))
     look = answer.Look(json=json, stats=stats, plain=plain, stop=tuple(stop or ()))
-    if question is not None:
-        return answer.once(settings, question, look)
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        raise UsageError("there is no prompt", hint='try `mimo chat "your question"`')
-    if plain or json or not sys.stderr.isatty():  # the window is drawn on stderr
-        return answer.lines(settings, look)
-    return window(settings, look.stop)
+    if question is None:
+        # Plain chat writes its answers wherever stdout goes; the window wants both to be terminals.
+        if not sys.stdin.isatty() or not (sys.stdout.isatty() or plain):
+            raise UsageError("there is no prompt", hint='try `mimo chat "your question"`')
+        if not plain and not json and sys.stderr.isatty():  # the window is drawn on stderr
+            return window(settings, look.stop, last=last, number=number)
+    keeper = Keeper.open(settings, last=last, number=number)
+    try:
+        if question is not None:
+            return answer.once(settings, question, look, keeper)
+        return answer.lines(settings, look, keeper)
+    finally:
+        keeper.close()
 
 
-def window(settings: Settings, stop: tuple[str, ...]) -> int:
+def window(
+    settings: Settings, stop: tuple[str, ...], *, last: bool = False, number: int | None = None
+) -> int:
     """The chat window; without a model it finds or builds one itself, before the user's eyes."""
     chosen = models.choose(settings) if settings.model is not None else settings
+    if last or number is not None:
+        from mimo_local.cli.keep import find
+
+        number = find(number)
     from tui.app import run
 
-    return run(chosen, defaults(chosen, stop))
+    return run(chosen, defaults(chosen, stop, number))
 
 
-def defaults(settings: Settings, stop: tuple[str, ...]) -> ChatDefaults:
+def defaults(settings: Settings, stop: tuple[str, ...], chat_id: int | None = None) -> ChatDefaults:
     """What a new chat of the window starts with."""
     from mimo_local.cli.answer import overrides
     from tui.bridge import ChatDefaults
@@ -117,4 +145,5 @@ def defaults(settings: Settings, stop: tuple[str, ...]) -> ChatDefaults:
         thinking=settings.think,
         overrides=overrides(settings),
         stop=stop,
+        chat_id=chat_id,
     )

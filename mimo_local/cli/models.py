@@ -1,7 +1,8 @@
 """Which model a command runs, and opening it: the one seam to the engine, replaced in tests.
 
 Order: --model, MIMO_MODEL, config.toml (all three are `settings.model`), the first finished pack in
-the packs folder, the demo model. Says on stderr what it chose. Used by chat, summarize and bench.
+the packs folder, the demo model. Says on stderr what it chose. `open_backend` asks the server of
+`settings.remote` instead. Used by chat, summarize and bench.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from mimo_local.errors import UsageError
 from mimo_local.settings import Paths, Settings, describe
 
 if TYPE_CHECKING:
+    from mimo_local.chat import Backend
     from mimo_local.engine import Engine
 
 DEMO_NOTE = "demo model: SmolLM2-135M in MiMo-V2's architecture, not MiMo"
@@ -37,6 +39,8 @@ RamOption = Annotated[str | None, option("ram", metavar="SIZE")]
 DraftOption = Annotated[str | None, option("draft", metavar="HOW")]
 SeedOption = Annotated[int | None, option("seed", metavar="N")]
 MaxTokensOption = Annotated[int | None, option("max_tokens", metavar="N")]
+RemoteOption = Annotated[str | None, option("remote", metavar="URL")]
+RemoteModelOption = Annotated[str | None, option("remote_model", metavar="NAME")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON document")]
 
 
@@ -82,3 +86,32 @@ def open_engine(settings: Settings) -> Engine:
         status.clear()
     say(engine.description)
     return engine
+
+
+def is_remote(settings: Settings) -> bool:
+    """Whether a server answers: one is set, and no model was typed over a setting."""
+    if not settings.remote:
+        return False
+    typed = {name for name in ("model", "remote") if settings.origin.get(name) == "flag"}
+    if typed == {"model", "remote"}:
+        raise UsageError(
+            "--model is a model here, --remote one somewhere else",
+            hint="give one of them; --remote-model names the model there",
+        )
+    return "model" not in typed
+
+
+def open_backend(settings: Settings) -> Backend:
+    """The engine of a model here or the server of `settings.remote`; says which on stderr."""
+    if not is_remote(settings):
+        return open_engine(settings)
+    from mimo_local.remote import Remote
+
+    status = Status()
+    try:
+        remote = Remote.open(settings, status)
+    finally:
+        status.clear()
+    say(remote.description)
+    say(remote.privacy)
+    return remote

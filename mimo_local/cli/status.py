@@ -7,6 +7,7 @@ used by all commands.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 import time
@@ -27,6 +28,11 @@ def say(text: str) -> None:
 def colours(stream: TextIO) -> bool:
     """Whether `stream` may get escape codes: a terminal, and NO_COLOR is not set."""
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def clean(text: str) -> str:
+    """Text for a terminal: without the control characters a model or a server could slip in."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text)
 
 
 def duration(seconds: float) -> str:

@@ -23,6 +23,8 @@ from mimo_local.cli.models import (
     MaxTokensOption,
     ModelOption,
     RamOption,
+    RemoteModelOption,
+    RemoteOption,
     SeedOption,
     VramOption,
 )
@@ -62,6 +64,8 @@ def summarize(
     draft: DraftOption = None,
     max_tokens: MaxTokensOption = None,
     seed: SeedOption = None,
+    remote: RemoteOption = None,
+    remote_model: RemoteModelOption = None,
     json: JsonOption = False,
 ) -> int:
     """Summarize whole documents, naming the pages.
@@ -78,6 +82,8 @@ def summarize(
         draft=draft,
         max_tokens=max_tokens,
         seed=seed,
+        remote=remote,
+        remote_model=remote_model,
     )
     options = Options(
         pages=pages,
@@ -111,12 +117,12 @@ def run(
     json: bool,
 ) -> int:
     """Summarize and print; Ctrl-C stops within one step, finished parts are kept."""
-    from mimo_local.cli.answer import on_interrupt
+    from mimo_local.cli.answer import engine_notes, on_interrupt
     from mimo_local.summarize import summarize as summarized
 
     if output is not None:
         check_writable(output)
-    engine, status, stop = models.open_engine(settings), Status(), threading.Event()
+    engine, status, stop = models.open_backend(settings), Status(), threading.Event()
     try:
         with on_interrupt(stop.set):
             found = summarized(
@@ -136,7 +142,7 @@ def run(
         say(f"written to {output}")
     else:
         print(text)
-    for note in found.notes():
+    for note in (*found.notes(), *engine_notes(engine)):
         say(note)
     return ExitCode.OK
 

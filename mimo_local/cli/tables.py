@@ -1,4 +1,4 @@
-"""Tables for `mimo doctor` and `mimo bench` as plain text: no colours, no markup.
+"""Tables and lines as plain text for the terminal: no colours, no markup.
 
 Plain data in, a string out; rich draws the columns. The texts are goldens in the tests.
 """
@@ -6,10 +6,12 @@ Plain data in, a string out; rich draws the columns. The texts are goldens in th
 from __future__ import annotations
 
 import io
+import shutil
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -70,3 +72,18 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, width: int = WI
     with console.capture() as shown:
         console.print(drawn)
     return "\n".join(text.rstrip() for text in shown.get().splitlines()).strip("\n")
+
+
+def fit(line: str) -> str:
+    """A line cut to the terminal, where a Chinese character takes two places."""
+    room = max(20, shutil.get_terminal_size().columns)
+    if cell_len(line.translate({2: None, 3: None})) <= room:
+        return line.rstrip()
+    kept, used = "", 1  # the sign of the cut
+    for char in line:
+        used += 0 if char in "\x02\x03" else cell_len(char)
+        if used > room:
+            break
+        kept += char
+    kept += "\x03" * (kept.count("\x02") - kept.count("\x03"))  # a match that is cut ends here
+    return kept.rstrip() + "…"

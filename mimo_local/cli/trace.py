@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mimo_local.chat import Message
 from mimo_local.cli import answer, models
 from mimo_local.cli.models import ContextOption, ModelOption, SeedOption, ThreadsOption
 from mimo_local.cli.status import Status, amount, say
@@ -76,7 +77,7 @@ def trace(
 def source(given: str) -> tuple[str, str]:
     """(name, text) of an argument: a document if there is such a file, else itself."""
     if given == "-" or Path(given).is_file():
-        return given, answer.document(given)
+        return given, Message("user", "", attachments=(answer.attachment(given),)).text
     if " " not in given and (Path(given).suffix or "/" in given):
         raise UsageError(f"there is no file `{given}`", hint="a text of one word needs no dots")
     return "argument", given

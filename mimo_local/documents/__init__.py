@@ -164,7 +164,7 @@ def _kind(head: bytes, name: str) -> Kind:
 
 def _read_text(data: bytes, kind: Kind, name: str, spec: str | None, limits: Limits) -> Document:
     from mimo_local.documents.html import decode_html, to_text
-    from mimo_local.documents.text import clean, decode, paginate
+    from mimo_local.documents.text import clean, decode, paginate, seen
 
     markup, warnings = decode_html(data, name) if kind == "html" else decode(data, name)
     if kind == "html":
@@ -194,4 +194,10 @@ def _read_text(data: bytes, kind: Kind, name: str, spec: str | None, limits: Lim
     if spec is not None:
         numbers = set(parse_pages(spec, len(found), name=name))
         chosen = tuple(page for page in found if page.number in numbers)
-    return Document(name, kind, chosen, outline, warnings, page_count=len(found), unit=unit)
+    source = seen(markup.replace("\f", "\n")) if kind != "html" and spec is None else ""
+    return Document(
+        *(name, kind, chosen, outline, warnings),
+        page_count=len(found),
+        unit=unit,
+        source=source,
+    )

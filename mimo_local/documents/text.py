@@ -49,9 +49,14 @@ _TABLE = {**_UNSEEN, **_LIGATURES, 0x85: "\n", 0x2028: "\n", 0x2029: "\n", 0xA0:
 _WINDOWS = {b: bytes([b]).decode("cp1252", "replace") for b in range(0x80, 0xA0)}
 
 
+def seen(text: str) -> str:
+    """Every line as it is, with unix line ends and without invisible characters."""
+    return text.replace("\r\n", "\n").replace("\r", "\n").translate(_TABLE)
+
+
 def clean(text: str) -> str:
     """The same text as a reader sees it: unix line ends, no invisible characters, no long gaps."""
-    text = text.replace("\r\n", "\n").replace("\r", "\n").translate(_TABLE)
+    text = seen(text)
     text = re.sub(r"(?:\. ?){6,}", " ... ", text)  # leaders of a table of contents
     # Not a regex: one on trailing blanks takes quadratic time on a line of blanks.
     text = "\n".join(line.rstrip() for line in text.split("\n"))

@@ -77,6 +77,13 @@ class Document:
     """`section` where the format has no pages: a section is a stretch of text under a heading."""
     dropped_lines: tuple[str, ...] = field(default=(), compare=False)
     """Running headers and footers that were taken out, one example of each."""
+    source: str = field(default="", compare=False, repr=False)
+    """Plain text and Markdown read whole: every line with its indent, which pages do not keep."""
+
+    @property
+    def whole(self) -> str:
+        """All of it for a model to read: a program keeps its lines as they are."""
+        return self.source.strip("\n") or self.text
 
     @property
     def characters(self) -> int:

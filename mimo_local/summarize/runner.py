@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from mimo_local.chat import Splitter
 from mimo_local.errors import CancelledError, ContextOverflowError
 from mimo_local.events import Done, Event, Failed, FinishReason, Prefill, Progress, Stats, Token
+from mimo_local.remote import Remote
 from mimo_local.sampler import SamplingParams
 from mimo_local.summarize.prompts import PROMPT_VERSION, Messages
 from mimo_local.summarize.sentences import tidy
@@ -43,7 +44,7 @@ class StreamLike(Protocol):
 
 
 class EngineLike(Protocol):
-    """What is used of `mimo_local.engine.Engine`: a remote endpoint can stand in for it."""
+    """What is used of `mimo_local.engine.Engine`, and of `Remote` but for how it is asked."""
 
     @property
     def name(self) -> str: ...  # noqa: D102
@@ -170,24 +171,29 @@ class Runner:
                 hint="give more context with --context, or a smaller --max-tokens",
             )
         task = messages[-1]["content"].rsplit("\n\n", 1)[-1]
-        written = self._ask(ids, max_tokens, answer, reading, writing, task)
+        prompt_of = (messages, ids)
+        written = self._ask(prompt_of, max_tokens, answer, reading, writing, task)
         if not written.text and self.params.temperature > 0:
             # A small model sometimes ends at once; one other draw is worth its price.
-            written = self._ask(ids, max_tokens, answer, reading, writing, task, shift=1)
+            written = self._ask(prompt_of, max_tokens, answer, reading, writing, task, shift=1)
         if keep and written.text:
             self.store.put(key, {"text": written.text})
         return written
 
     def _ask(
-        self, ids: list[int], max_tokens: int, expected: int, reading: str, writing: str,
-        task: str, *, shift: int = 0,
+        self, prompt: tuple[Messages, list[int]], max_tokens: int, expected: int,
+        reading: str, writing: str, task: str, *, shift: int = 0,
     ) -> Written:  # fmt: skip
         self._check_cancel()
+        messages, ids = prompt
         seed = self.params.seed
         params = replace(
             self.params, max_tokens=max_tokens, seed=None if seed is None else seed + shift
         )
-        stream = self.engine.submit(self.engine.new_session(), ids, params)
+        if isinstance(self.engine, Remote):
+            stream = self.engine.submit_messages(messages, params)
+        else:
+            stream = self.engine.submit(self.engine.new_session(), ids, params)
         splitter, text, done, tokens = Splitter(), "", None, 0
         self.meter.tell(reading, 0, (len(ids), expected))
         started = time.monotonic()
