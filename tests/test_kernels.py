@@ -56,7 +56,6 @@ CHECKS = [
     "rotation",
     "bf16_rows",
     "int8_heads",
-    "int8_heads",
     "attention",
     "not_finite",
     "panels_nf4",
