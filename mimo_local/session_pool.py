@@ -142,11 +142,12 @@ class SessionPool:
         `interrupted` is asked every 16 MB and ends it at once. False: nothing is left to do, or
         nothing can be done now.
         """
-        return next(
-            (self._keep(session, interrupted) for session in reversed(self._idle)
-             if self._worth_saving(session)),
-            False,
-        )  # fmt: skip
+        # One that cannot be saved, being too large, must not keep the others from it.
+        return any(
+            not interrupted() and self._keep(session, interrupted)
+            for session in reversed(self._idle)
+            if self._worth_saving(session)
+        )
 
     # ---- what there is ---------------------------------------------------------------------------
 

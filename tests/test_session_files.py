@@ -265,7 +265,7 @@ def test_whoever_ends_the_program_waits_for_some_seconds_only(
     chats = desk.start()
     chats.ask(text(1000), 2)
     chats.pool.close()
-    assert chats.pool.saves == 0 and not desk.names(".session")
+    assert chats.pool.saves == 0 and not desk.folder.exists()
 
 
 def test_random_histories_over_restarts_answer_as_from_scratch(either: Desk) -> None:
@@ -647,6 +647,17 @@ def test_the_limit_holds_and_the_longest_unused_goes_first(desk: Desk) -> None:
     assert not chats.pool.rest(NEVER)
     assert "sessions_size" in str(chats.pool.files and chats.pool.files.trouble) or names
     assert desk.names() == names
+
+
+def test_one_that_is_too_large_keeps_no_other_from_being_saved(desk: Desk) -> None:
+    desk.limit = 700_000
+    chats = desk.start()
+    small, large = text(400, 1), text(6000, 2)
+    chats.ask(small, 1)
+    chats.ask(large, 1)
+    assert chats.pool.rest(NEVER) and not chats.pool.rest(NEVER)
+    (saved,) = SessionStore(desk.folder, desk.limit).sessions()
+    assert saved.ids == small
 
 
 def test_two_programs_on_one_folder(desk: Desk) -> None:
