@@ -158,7 +158,10 @@ class PromptReader:
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
-        """Keys typed during an answer are not echoed into it; the next prompt shows them."""
+        """Keys typed during an answer are not echoed into it; the next prompt takes them.
+
+        Enter must stay what it is (a CR; an LF would be Ctrl-J), and Ctrl-C must not drop the rest.
+        """
         if sys.platform == "win32":
             yield
             return
@@ -169,7 +172,9 @@ class PromptReader:
         except (OSError, ValueError, termios.error):
             yield
             return
-        silent = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+        silent = list(before)
+        silent[0] &= ~termios.ICRNL
+        silent[3] = (silent[3] & ~termios.ECHO) | termios.NOFLSH
         termios.tcsetattr(sys.stdin, termios.TCSADRAIN, silent)
         try:
             yield
