@@ -78,7 +78,8 @@ def test_help_is_quick_and_loads_nothing_heavy() -> None:
     code = (
         "import sys, time\nfrom mimo_local.cli import main\n"
         "assert main(['--help']) == 0\nseconds = time.process_time()\n"
-        "heavy = {'torch', 'numpy', 'textual', 'rich', 'starlette', 'psutil'} & set(sys.modules)\n"
+        "heavy = {'torch', 'numpy', 'textual', 'rich', 'starlette', 'psutil', 'asyncio', 'httpx2', "
+        "'prompt_toolkit'} & set(sys.modules)\n"
         "print('RESULT', seconds, sorted(heavy))"
     )
     runs = []

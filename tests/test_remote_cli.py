@@ -147,6 +147,17 @@ def test_both_typed_is_a_mistake() -> None:
         models.is_remote(settings)
 
 
+def test_a_plan_says_that_it_is_for_this_machine(
+    server: Endpoint, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli.main(["plan", "--ram", "400GB"])
+    assert "setting `remote`" not in capsys.readouterr().err
+    monkeypatch.setenv("MIMO_REMOTE", server.url)
+    cli.main(["plan", "--ram", "400GB"])
+    assert f"ask {server.url} (setting `remote`)" in capsys.readouterr().err
+    assert not server.requests
+
+
 # -- Ctrl-C ----------------------------------------------------------------------------------------
 
 
@@ -174,3 +185,18 @@ def test_ctrl_c_leaves_at_once_and_keeps_what_came(part: str, user_home: Path) -
         with History.open(Paths.default().history_file) as history:
             saved = [stored.message.content for stored in history.messages(1)]
         assert saved == (["hi", part] if part else ["hi"])
+
+
+def test_ctrl_c_while_a_server_is_being_looked_at(user_home: Path) -> None:
+    with Endpoint() as server:
+        server.answer("/v1/models", Reply(stall="before"))
+        command = [sys.executable, "-m", "mimo_local", "chat", "--remote", server.url, "hi"]
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True, cwd=ROOT, env=os.environ | {"MIMO_HOME": str(user_home)},
+        )  # fmt: skip
+        assert server.stalled.wait(30)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=10)
+    assert (out, process.returncode) == ("", 130)
+    assert "Task" not in err and "Traceback" not in err, err
