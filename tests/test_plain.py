@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import signal
 import stat
 import subprocess
 import sys
@@ -211,6 +212,37 @@ def test_an_edit_that_fails_leaves_the_chat_and_goes_on_editing(engine: FakeEngi
     chat = talk(engine, "question", "/edit", "worse", "third")
     assert offered(chat)[3] == "worse"
     assert said(chat) == ["third", "three"]
+
+
+def test_branches_are_listed_and_gone_on_with(
+    engine: FakeEngine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for text in ("one", "two", "three", "four"):
+        engine.queue(text)
+    keeper = Keeper.open(Settings())
+    lines = ["first", "/branch", "/regen", "/branch", "/branch 1", "and?", "/branch 7", "/branch x"]
+    chat = talk(engine, *lines, keeper=keeper)
+    assert said(chat) == ["first", "one", "and?", "three"]
+    assert "one" in engine.requests[2].prompt and "two" not in engine.requests[2].prompt
+    err = capsys.readouterr().err
+    assert "  1  one\n* 2  two\n" in err and "one version only" in err
+    assert "going on after: one" in err and err.count("N from") == 0, "and? has one version"
+    with saved() as history:
+        assert [s.message.content for s in history.messages(1)][-1] == "three"
+    talk(engine, "hi", "/branch")
+    assert "only a saved chat" in capsys.readouterr().err
+    keeper.close()
+
+
+def test_branches_of_a_prompt_that_was_edited(
+    engine: FakeEngine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keeper = Keeper.open(Settings())
+    chat = talk(engine, "first", "/edit second", "/branch", "/branch 1", "/branch 9", keeper=keeper)
+    assert said(chat) == ["first", "fake answer"]
+    err = capsys.readouterr().err
+    assert "  1  first\n* 2  second\n" in err and "N from 1 to 2" in err
+    keeper.close()
 
 
 def test_undo_takes_back_prompt_and_answer(engine: FakeEngine) -> None:
@@ -566,7 +598,7 @@ sys.path.insert(0, {tests!r})
 from fakes import FakeEngine
 from mimo_local.cli import main, models
 words = " ".join(f"word{{n}}" for n in range(400))
-reply = lambda prompt: "short answer" if "two" in prompt else words
+reply = lambda prompt: "short answer" if "two" in prompt.rsplit("<user>", 1)[-1] else words
 engine = FakeEngine(reply=reply, delay_s=0.02)
 models.open_engine = lambda settings: engine
 sys.exit(main(["chat", "--plain", *{args!r}]))
@@ -605,14 +637,21 @@ class Terminal:
         return before
 
     def end(self, seconds: float = 20) -> int:
+        """Wait until it has ended; what it wrote until then is in `text`."""
         end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            ready, _, _ = select.select([self.fd], [], [], 0.1)
-            if ready and not self._read():
-                break
-        _, status = os.waitpid(self.pid, 0)
-        os.close(self.fd)
-        return os.waitstatus_to_exitcode(status)
+        while True:
+            ready, _, _ = select.select([self.fd], [], [], 0.05)
+            if ready:
+                self._read()
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                os.close(self.fd)
+                return os.waitstatus_to_exitcode(status)
+            if time.monotonic() > end:
+                os.kill(self.pid, signal.SIGKILL)
+                os.waitpid(self.pid, 0)
+                os.close(self.fd)
+                raise AssertionError(f"it did not end: {self.text[-800:]!r}")
 
     def _read(self) -> bool:
         try:
@@ -646,14 +685,17 @@ def test_a_real_terminal_from_the_first_key_to_the_last(user_home: Path) -> None
     terminal.wait(READY)
     terminal.type("\x03")
     terminal.wait("Ctrl-D or /exit ends the chat")
-    terminal.type("\x04")
+    terminal.wait(READY)
+    terminal.type("a long goodbye\r")
+    terminal.wait("word5 ")
+    terminal.type("\x04\x03")  # ends it as soon as there is a prompt again
     assert terminal.end() == 0
     with saved() as history:
         contents = [stored.message.content for stored in history.messages(1)]
     assert contents[0] == "a long one" and contents[1].startswith("word0 word1")
     assert 5 < len(contents[1].split()) < 399, "the part until Ctrl-C is kept"
     assert contents[4:6] == ["typed ahead, two", "short answer"]
-    assert contents[6:] == ["two\nlines", "short answer"]
+    assert contents[6:9] == ["two\nlines", "short answer", "a long goodbye"]
     prompts = Paths.default().data_dir / "prompts"
     assert "+two\n+lines\n" in prompts.read_text()
 
@@ -670,7 +712,9 @@ def test_plain_has_no_colours(user_home: Path) -> None:
     terminal.type("/he")
     shown = terminal.wait("keys and commands")
     assert not re.search(r"\x1b\[[0-9;]*(3[0-7]|4[0-7]|38|48|9[0-7])[;m]", shown)
-    terminal.type("\x03\x04")
+    terminal.type("\x03")
+    terminal.wait(READY)
+    terminal.type("\x04")
     assert terminal.end() == 0
 
 

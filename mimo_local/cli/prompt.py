@@ -160,7 +160,8 @@ class PromptReader:
     def quiet(self) -> Iterator[None]:
         """Keys typed during an answer are not echoed into it; the next prompt takes them.
 
-        Enter must stay what it is (a CR; an LF would be Ctrl-J), and Ctrl-C must not drop the rest.
+        Enter must stay what it is (a CR; an LF would be Ctrl-J), Ctrl-C must not drop the rest, and
+        Ctrl-D must not be swallowed.
         """
         if sys.platform == "win32":
             yield
@@ -169,12 +170,15 @@ class PromptReader:
 
         try:
             before = termios.tcgetattr(sys.stdin)
+            off = bytes([os.fpathconf(sys.stdin.fileno(), "PC_VDISABLE")])
         except (OSError, ValueError, termios.error):
             yield
             return
         silent = list(before)
         silent[0] &= ~termios.ICRNL
         silent[3] = (silent[3] & ~termios.ECHO) | termios.NOFLSH
+        silent[6] = [*before[6]]
+        silent[6][termios.VEOF] = off
         termios.tcsetattr(sys.stdin, termios.TCSADRAIN, silent)
         try:
             yield
