@@ -49,6 +49,8 @@ ALIASES = {
     "bye": "exit",
     "regenerate": "regen",
     "read": "file",
+    "attach": "file",
+    "export": "save",
 }
 THINK_WORDS = {"": "toggle", "on": "on", "off": "off", "yes": "on", "no": "off"}
 

@@ -21,8 +21,10 @@ from fakes import FakeEngine
 
 import mimo_local
 from mimo_local import cli
+from mimo_local.chat import Chat, Message
 from mimo_local.cli import answer, machine, models, packs, plan_text, reference, status
 from mimo_local.cli import plan as plan_command
+from mimo_local.cli.keep import Keeper
 from mimo_local.errors import (
     CancelledError,
     DiskSpaceError,
@@ -441,6 +443,17 @@ def test_without_prompt_on_a_terminal_the_window_opens_with_the_flags(
     assert settings.model == tmp_path
     assert (defaults.preset, defaults.thinking, defaults.stop) == ("agent", True, ("X",))
     assert defaults.overrides == {"seed": 1}
+    keeper = Keeper.open(Settings())
+    keeper.prompt(Chat([Message("user", "hello")]))
+    keeper.close()
+    monkeypatch.setenv("MIMO_REMOTE", "http://a")
+    assert cli.main(["chat", "-c", "--no-history"]) == 3
+    settings, defaults = seen[1]
+    assert (settings.remote, settings.history, defaults.chat_id) == ("http://a", False, 1)
+    assert cli.main(["chat", *args, "--id", "1"]) == 3
+    assert seen[2][0].remote is None, "a model that is typed wins"
+    assert cli.main(["chat", "--id", "7"]) == ExitCode.FAILED, "said before a window opens"
+    assert len(seen) == 3
 
 
 def test_chat_defaults_fit_the_windows_own_type(tmp_path: Path) -> None:
