@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias
 
 from mimo_local.errors import UsageError
 from mimo_local.events import Done, Failed, Prefill, Token
-from mimo_local.remote import Remote
 from mimo_local.sampler import SamplingParams
 
 if TYPE_CHECKING:
     from mimo_local.engine import Engine, Session
+    from mimo_local.remote import Remote
 
 Backend: TypeAlias = "Engine | Remote"
 """What answers: a model here, or one behind an address."""
@@ -317,6 +317,8 @@ class Reply:
         params: SamplingParams,
         stop: Sequence[str],
     ) -> None:
+        from mimo_local.remote import Remote  # asyncio, 0.07 s: not for `mimo --help`
+
         self.text = ""
         self.reasoning = ""
         self._chat = chat

@@ -32,6 +32,7 @@ COMMANDS: tuple[Spec, ...] = (
     Spec("clear", "start a new chat"),
     Spec("regen", "answer the last prompt again"),
     Spec("edit", "change the last prompt and send it again", "TEXT"),
+    Spec("branch", "versions of the last answer or prompt; with N: go on with that one", "N"),
     Spec("undo", "take back the last prompt and its answer"),
     Spec("file", "add a document to the next prompt; alone: list them; `-`: none", "PATH"),
     Spec("preset", "sampling for a kind of task; alone: list them", "NAME"),
@@ -48,6 +49,8 @@ ALIASES = {
     "bye": "exit",
     "regenerate": "regen",
     "read": "file",
+    "attach": "file",
+    "export": "save",
 }
 THINK_WORDS = {"": "toggle", "on": "on", "off": "off", "yes": "on", "no": "off"}
 

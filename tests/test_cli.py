@@ -21,8 +21,10 @@ from fakes import FakeEngine
 
 import mimo_local
 from mimo_local import cli
+from mimo_local.chat import Chat, Message
 from mimo_local.cli import answer, machine, models, packs, plan_text, reference, status
 from mimo_local.cli import plan as plan_command
+from mimo_local.cli.keep import Keeper
 from mimo_local.errors import (
     CancelledError,
     DiskSpaceError,
@@ -35,7 +37,7 @@ from mimo_local.errors import (
 from mimo_local.events import Prefill, Progress
 from mimo_local.plan import Budget, plan
 from mimo_local.plan.rates import CORE_FLOPS
-from mimo_local.settings import Settings
+from mimo_local.settings import Paths, Settings
 from mimo_local.sizes import GB
 
 ROOT = Path(__file__).parent.parent
@@ -78,7 +80,8 @@ def test_help_is_quick_and_loads_nothing_heavy() -> None:
     code = (
         "import sys, time\nfrom mimo_local.cli import main\n"
         "assert main(['--help']) == 0\nseconds = time.process_time()\n"
-        "heavy = {'torch', 'numpy', 'textual', 'rich', 'starlette', 'psutil'} & set(sys.modules)\n"
+        "heavy = {'torch', 'numpy', 'textual', 'rich', 'starlette', 'psutil', 'asyncio', 'httpx2', "
+        "'prompt_toolkit'} & set(sys.modules)\n"
         "print('RESULT', seconds, sorted(heavy))"
     )
     runs = []
@@ -440,6 +443,17 @@ def test_without_prompt_on_a_terminal_the_window_opens_with_the_flags(
     assert settings.model == tmp_path
     assert (defaults.preset, defaults.thinking, defaults.stop) == ("agent", True, ("X",))
     assert defaults.overrides == {"seed": 1}
+    keeper = Keeper.open(Settings())
+    keeper.prompt(Chat([Message("user", "hello")]))
+    keeper.close()
+    monkeypatch.setenv("MIMO_REMOTE", "http://a")
+    assert cli.main(["chat", "-c", "--no-history"]) == 3
+    settings, defaults = seen[1]
+    assert (settings.remote, settings.history, defaults.chat_id) == ("http://a", False, 1)
+    assert cli.main(["chat", *args, "--id", "1"]) == 3
+    assert seen[2][0].remote is None, "a model that is typed wins"
+    assert cli.main(["chat", "--id", "7"]) == ExitCode.FAILED, "said before a window opens"
+    assert len(seen) == 3
 
 
 def test_chat_defaults_fit_the_windows_own_type(tmp_path: Path) -> None:
@@ -464,6 +478,51 @@ def test_plain_chat_is_line_by_line_and_remembers(
     assert len(engine.requests) == 2
     for text in ("first", "one", "second"):
         assert text in engine.requests[1].prompt
+
+
+def test_a_question_is_saved_and_another_one_goes_on_with_it(engine: FakeEngine) -> None:
+    assert cli.main(["chat", "my name is Ada"]) == 0
+    assert cli.main(["chat", "something else"]) == 0
+    assert cli.main(["chat", "-c", "--think", "and then?"]) == 0
+    assert cli.main(["chat", "--id", "1", "what is my name?"]) == 0
+    assert cli.main(["chat", "--no-history", "not for later"]) == 0
+    third, fourth, fifth = (request.prompt for request in engine.requests[2:])
+    assert "something else" in third and "Ada" not in third
+    assert "my name is Ada" in fourth and "fake answer" in fourth and "and then" not in fourth
+    assert "Ada" not in fifth
+    from mimo_local.history import History
+
+    with History.open(Paths.default().history_file) as history:
+        assert [info.n_messages for info in history.chats()] == [4, 4]
+        assert not history.search("later")
+
+
+@pytest.mark.parametrize("args", [["-c"], ["--id", "7"], ["-c", "--id", "7"]])
+def test_a_chat_that_is_not_there_stops_before_the_model_is_loaded(
+    args: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(models, "open_engine", lambda settings: pytest.fail("loaded a model"))
+    assert cli.main(["chat", *args, "hi"]) in (ExitCode.USAGE, ExitCode.FAILED)
+    assert "hint: " in capsys.readouterr().err
+
+
+def test_a_history_that_cannot_be_written_does_not_cost_the_answer(
+    engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = Paths.default().history_file
+    file.parent.mkdir(parents=True)
+    file.mkdir()
+    assert cli.main(["chat", "hi"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "fake answer\n" and err.count("not saved") == 1
+
+
+def test_plain_chat_writes_answers_where_stdout_goes(
+    engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", Stdin(b"one\n/exit\n", tty=True))
+    assert cli.main(["chat", "--plain"]) == 0
+    assert capsys.readouterr().out == "fake answer\n"
 
 
 # -- which model -----------------------------------------------------------------------------------

@@ -128,7 +128,8 @@ def once(settings: Settings, message: Message, look: Look, keeper: Keeper) -> in
         chat.messages.append(message)
         keeper.prompt(chat)
         found = ask(engine, None, chat, params, look)
-        keeper.answer(chat, found.stats, engine.name)
+        if found.text or found.thinking:
+            keeper.answer(chat, found.stats, engine.name)
         if look.json:
             print(json.dumps(as_dict(found, engine.name), ensure_ascii=False))
     finally:

@@ -6,6 +6,7 @@ Options become Settings; files are read by `documents`; the answering itself is 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -124,7 +125,10 @@ def window(
     settings: Settings, stop: tuple[str, ...], *, last: bool = False, number: int | None = None
 ) -> int:
     """The chat window; without a model it finds or builds one itself, before the user's eyes."""
-    chosen = models.choose(settings) if settings.model is not None else settings
+    chosen = settings
+    if not models.is_remote(settings):
+        chosen = replace(settings, remote=None)
+        chosen = models.choose(chosen) if chosen.model is not None else chosen
     if last or number is not None:
         from mimo_local.cli.keep import find
 

@@ -80,6 +80,26 @@ class Keeper:
         """Save the chat's last message, an answer."""
         self._try(lambda history: self._add(history, chat, model, stats))
 
+    def versions(self, chat: Chat) -> list[tuple[int, Message, bool]]:
+        """(row, message, whether it is in the chat) of the last answer's versions.
+
+        Where there is one answer only, of the last prompt's; empty for a chat that is not saved.
+        """
+        found = self._try(lambda history: self._versions(history, chat))
+        return found or []
+
+    def choose(self, row: int) -> list[Message]:
+        """Go on with the branch through a message: its messages; none if that failed."""
+        number = self._id
+
+        def change(history: History) -> list[Message]:
+            assert number is not None
+            history.choose(row)
+            self._rows = [(found.message, found.id) for found in history.messages(number)]
+            return [message for message, _ in self._rows]
+
+        return self._try(change) or []
+
     def text(self, chat: Chat, form: str, model: str) -> str:
         """The chat as `markdown` or `json`, with all its branches if they are saved."""
         from mimo_local.history import export
@@ -147,6 +167,17 @@ class Keeper:
         parent = self._row(before[-1]) if before else None
         row = history.add(self._id, message, parent=parent, stats=stats, model=model)
         self._rows.append((message, row))
+
+    def _versions(self, history: History, chat: Chat) -> list[tuple[int, Message, bool]]:
+        if self._id is None:
+            return []
+        mine = [row for message in chat.messages if (row := self._row(message)) is not None]
+        saved = {found.id: found.message for found in history.all_messages(self._id)}
+        for row in reversed(mine[-2:]):
+            rows = history.siblings(row)
+            if len(rows) > 1:
+                return [(one, saved[one], one == row) for one in rows]
+        return []
 
     def _try(self, work: Callable[[History], T]) -> T | None:
         if self._history is None:

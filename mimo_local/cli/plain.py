@@ -195,6 +195,21 @@ class PlainChat:
             self._offered, self._editing = _escape(found[1].content), True
             self.files = list(found[1].attachments)
 
+    def _branch(self, number: str) -> None:
+        versions = self.keeper.versions(self.chat)
+        if not versions:
+            kept = self.keeper.number is not None
+            say("there is one version only" if kept else "only a saved chat has branches")
+        elif not number:
+            for at, (_, message, here) in enumerate(versions, 1):
+                say(f"{'*' if here else ' '} {at}  {_short(message.content, 70)}")
+        elif not number.isdecimal() or not 0 < int(number) <= len(versions):
+            say(f"`/branch N` with N from 1 to {len(versions)}")
+        elif messages := self.keeper.choose(versions[int(number) - 1][0]):
+            self.chat.messages[:] = messages
+            self._failed = None
+            say(f"going on after: {_short(messages[-1].content, 70)}")
+
     def _undo(self, _: str) -> None:
         message = self._drop_last()
         if message is None:
@@ -264,7 +279,8 @@ class PlainChat:
             say("no answer yet")
             return
         for line in answer.figures(self.last.stats):
-            say(line)
+            for part in line.split(" | "):
+                say(f"  {part}")
 
 
 def _last_prompt(chat: Chat) -> tuple[int, Message] | None:

@@ -159,6 +159,8 @@ def shown(
         print(jsonlib.dumps(data))
     else:
         print(plan_text.plan(found, name, now))
+    if remote := Settings.resolve().remote:
+        say(f"a plan for this machine: chat and summarize ask {remote} (setting `remote`)")
     found.check()
     return ExitCode.OK
 

@@ -158,7 +158,11 @@ class PromptReader:
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
-        """Keys typed during an answer are not echoed into it; the next prompt shows them."""
+        """Keys typed during an answer are not echoed into it; the next prompt takes them.
+
+        Enter must stay what it is (a CR; an LF would be Ctrl-J), Ctrl-C must not drop the rest, and
+        Ctrl-D must not be swallowed.
+        """
         if sys.platform == "win32":
             yield
             return
@@ -166,10 +170,15 @@ class PromptReader:
 
         try:
             before = termios.tcgetattr(sys.stdin)
+            off = bytes([os.fpathconf(sys.stdin.fileno(), "PC_VDISABLE")])
         except (OSError, ValueError, termios.error):
             yield
             return
-        silent = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+        silent = list(before)
+        silent[0] &= ~termios.ICRNL
+        silent[3] = (silent[3] & ~termios.ECHO) | termios.NOFLSH
+        silent[6] = [*before[6]]
+        silent[6][termios.VEOF] = off
         termios.tcsetattr(sys.stdin, termios.TCSADRAIN, silent)
         try:
             yield

@@ -163,7 +163,12 @@ class Remote:
             self._loop.call_soon_threadsafe(call)
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:  # Ctrl-C
+            future.cancel()
+            raise
 
     def _count(self, request: dict[str, Any]) -> Any:
         """Ask `/tokenize`, from any thread; what fails is an estimate then, said once."""
@@ -184,7 +189,7 @@ class Remote:
     async def _end(self) -> None:
         for running in tuple(self._running):
             running.cancel()
-        tasks = [running.task for running in self._running if running.task is not None]
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
         if tasks:
             await asyncio.wait(tasks, timeout=1.0)  # connections half made
         for task in tasks:

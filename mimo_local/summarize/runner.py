@@ -14,7 +14,6 @@ from typing import Any, Protocol
 from mimo_local.chat import Splitter
 from mimo_local.errors import CancelledError, ContextOverflowError
 from mimo_local.events import Done, Event, Failed, FinishReason, Prefill, Progress, Stats, Token
-from mimo_local.remote import Remote
 from mimo_local.sampler import SamplingParams
 from mimo_local.summarize.prompts import PROMPT_VERSION, Messages
 from mimo_local.summarize.sentences import tidy
@@ -184,6 +183,8 @@ class Runner:
         self, prompt: tuple[Messages, list[int]], max_tokens: int, expected: int,
         reading: str, writing: str, task: str, *, shift: int = 0,
     ) -> Written:  # fmt: skip
+        from mimo_local.remote import Remote
+
         self._check_cancel()
         messages, ids = prompt
         seed = self.params.seed
