@@ -135,30 +135,32 @@ class Chat:
     thinking: bool = False
     tools: tuple[dict[str, Any], ...] = ()
     """Functions the model may call, in OpenAI's form: {"type": "function", "function": {...}}."""
+    began: date = field(default_factory=date.today)
+    """The day the model is told: another one would change the beginning of all that was read."""
 
-    def render(self, tokenizer: TokenizerLike, *, today: date | None = None) -> list[int]:
+    def render(self, tokenizer: TokenizerLike) -> list[int]:
         """Ids of the whole conversation, up to where the answer begins.
 
         Both template switches are always given: their defaults differ between releases. Earlier
         thinking is left out, as the model was trained, except with tools: there it is wanted back.
         """
         return tokenizer.render_chat(
-            self._entries(_entry, is_mimo(tokenizer), today),
+            self._entries(_entry, is_mimo(tokenizer)),
             add_generation_prompt=True,
             enable_thinking=self.thinking,
             keep_all_reasoning=bool(self.tools),
             **({"tools": list(self.tools)} if self.tools else {}),
         )
 
-    def wire(self, *, mimo: bool, today: date | None = None) -> list[dict[str, Any]]:
+    def wire(self, *, mimo: bool) -> list[dict[str, Any]]:
         """The messages in OpenAI's form, for a server that renders them: else like `render`."""
-        return self._entries(partial(_wire_entry, reasoning=bool(self.tools)), mimo, today)
+        return self._entries(partial(_wire_entry, reasoning=bool(self.tools)), mimo)
 
     def _entries(
-        self, entry: Callable[[Message], dict[str, Any]], mimo: bool, today: date | None
+        self, entry: Callable[[Message], dict[str, Any]], mimo: bool
     ) -> list[dict[str, Any]]:
         messages: list[dict[str, Any]] = []
-        system = self.system or (mimo_system(today or date.today()) if mimo else "")
+        system = self.system or (mimo_system(self.began) if mimo else "")
         if system and not any(message.role == "system" for message in self.messages):
             messages.append({"role": "system", "content": system})
         return messages + [entry(message) for message in self.messages]

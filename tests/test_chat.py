@@ -125,7 +125,8 @@ def test_the_recommended_system_prompt_is_for_mimo_and_gives_way(
     ids: dict[str, int], system: str, said: str | None
 ) -> None:
     tokenizer = Recorder(ids)
-    Chat([Message("user", "hi")], system=system).render(tokenizer, today=date(2026, 3, 1))
+    chat = Chat([Message("user", "hi")], system=system, began=date(2026, 3, 1))
+    chat.render(tokenizer)
     first = tokenizer.seen["messages"][0]
     assert (first["content"] if first["role"] == "system" else None) == said
     own = [Message("system", "mine"), Message("user", "hi")]

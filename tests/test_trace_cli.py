@@ -42,7 +42,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     model = Model(weights, ExpertStore(weights))
     return Loaded(
         model, "tiny", "a tiny model", 200, SmallTokenizer(), model.new_cache, "none",  # type: ignore[arg-type]
-        None, None, None,
+        None, None, None, 1 << 20,
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -147,6 +148,7 @@ class Keeper:
             system=str(own["system"]),
             preset=str(own["preset"]),
             thinking=bool(own["thinking"]),
+            began=date.fromtimestamp(info.created),
         )
         say(f"going on with chat {info.id}: {info.title or 'untitled'}")
 

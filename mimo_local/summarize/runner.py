@@ -53,7 +53,6 @@ class EngineLike(Protocol):
     def tokenizer(self) -> Any: ...  # noqa: D102
     @property
     def context_limit(self) -> int: ...  # noqa: D102
-    def new_session(self) -> Any: ...  # noqa: D102
     def submit(  # noqa: D102
         self, session: Any, ids: Sequence[int], params: SamplingParams, *, stop: Sequence[str] = ()
     ) -> Any: ...
@@ -194,7 +193,7 @@ class Runner:
         if isinstance(self.engine, Remote):
             stream = self.engine.submit_messages(messages, params)
         else:
-            stream = self.engine.submit(self.engine.new_session(), ids, params)
+            stream = self.engine.submit(None, ids, params)
         splitter, text, done, tokens = Splitter(), "", None, 0
         self.meter.tell(reading, 0, (len(ids), expected))
         started = time.monotonic()
