@@ -1,18 +1,22 @@
 """What the parts of the screen tell each other: frozen facts and the messages that carry them.
 
-Knows only the events and errors of the engine, never the engine itself. The bridge posts everything
-but `Submitted`; the chat screen handles all of them, one after another, in the order posted.
+Knows only the events and errors of the engine, never the engine itself. Posted by widgets, the
+bridge and the keeper; the chat screen handles all of them, one after another, in the order posted.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from textual.message import Message
 
+from mimo_local.chat import Attachment
 from mimo_local.errors import MimoError
 from mimo_local.events import ExpertFigures, FinishReason, Prefill, Progress, Stats
+
+if TYPE_CHECKING:
+    from mimo_local.history import ChatInfo, Stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +68,91 @@ class Pace:
     tokens_per_s: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Memory in bytes: of this process, of the machine, of its GPU (0 where there is none)."""
+
+    process: int
+    used: int
+    total: int
+    vram_used: int = 0
+    vram_total: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ChatRow:
+    """One line of the chat list; `snippet` and `message` where a search found it."""
+
+    chat: int
+    title: str
+    changed: float
+    """Seconds since 1970."""
+    messages: int
+    snippet: str = ""
+    """Each match stands between \\x02 and \\x03."""
+    message: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FileInfo:
+    """A document attached to the prompt being written."""
+
+    ticket: int
+    """Told apart by it: the same file may be attached twice."""
+    name: str
+    tokens: int | None = None
+    """None while it is being read, or before there is a model to count with."""
+    attachment: Attachment | None = None
+    note: str = ""
+    """What could not be read of it."""
+
+
+# ---- from widgets --------------------------------------------------------------------------------
+
+
 @dataclass
 class Submitted(Message):
     """The user pressed Enter on this text."""
 
     text: str
+
+
+@dataclass
+class Wish(Message):
+    """What the user wants done with a message of the transcript."""
+
+    key: int
+    what: Literal["edit", "regenerate", "next", "previous", "up", "down"]
+
+
+@dataclass
+class Searching(Message):
+    """The user typed in the search field of the chat list."""
+
+    text: str
+
+
+@dataclass
+class ListWish(Message):
+    """What the user wants done with a chat of the list; without a row: with none of them."""
+
+    what: Literal["open", "new", "rename", "delete", "export", "import", "close"]
+    row: ChatRow | None = None
+
+
+@dataclass
+class Detached(Message):
+    """The user took a document off the prompt."""
+
+    ticket: int
+
+
+@dataclass
+class CancelEdit(Message):
+    """Esc while an earlier question is being edited."""
+
+
+# ---- from the bridge -----------------------------------------------------------------------------
 
 
 @dataclass
@@ -90,6 +174,33 @@ class LoadFailed(Message):
     """There will be no engine."""
 
     problem: Problem
+
+
+@dataclass
+class Queued(Message):
+    """The engine is busy with others; asked again until it takes this one."""
+
+
+@dataclass
+class Attached(Message):
+    """A document was read, or counted: this replaces what its ticket said before."""
+
+    file: FileInfo
+
+
+@dataclass
+class AttachFailed(Message):
+    """A document could not be read."""
+
+    ticket: int
+    problem: Problem
+
+
+@dataclass
+class MachineNow(Message):
+    """Memory in use, every two seconds if it changed."""
+
+    machine: Machine
 
 
 @dataclass
@@ -129,3 +240,51 @@ class AnswerFailed(Message):
     """The answer ended in an error; what came before stays true."""
 
     problem: Problem
+
+
+# ---- from the keeper -----------------------------------------------------------------------------
+
+
+@dataclass
+class Found(Message):
+    """Chats for the list: all, or those in which `text` was found."""
+
+    text: str
+    rows: tuple[ChatRow, ...]
+
+
+@dataclass
+class Opened(Message):
+    """A saved chat; `message` is the one to go to, None: the last one."""
+
+    info: ChatInfo
+    messages: tuple[Stored, ...]
+    """Of all branches, a parent before its children."""
+    branch: tuple[int, ...]
+    """Ids of the active branch."""
+    message: int | None
+
+
+@dataclass
+class Kept(Message):
+    """Something was done with saved chats: what, in words; the list has to be read again."""
+
+    what: str
+    chat: int | None = None
+    """The chat it was done to."""
+
+
+@dataclass
+class Titled(Message):
+    """A chat was saved for the first time, or renamed."""
+
+    chat: int
+    title: str
+
+
+@dataclass
+class KeepFailed(Message):
+    """Saving failed (`saving`; said once until it works again), or what was asked for did."""
+
+    problem: Problem
+    saving: bool = False

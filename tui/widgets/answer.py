@@ -7,24 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from markdown_it import MarkdownIt
 from textual import on
 from textual.app import ComposeResult
 from textual.containers import Vertical
 from textual.content import Content
-from textual.widgets import Collapsible, Markdown, Static
-from textual.widgets.markdown import MarkdownStream
+from textual.widgets import Collapsible, Static
 
 from tui.messages import Pace, TextPiece
 from tui.widgets.figures import count, duration, plain
+from tui.widgets.flow import Flow
 
 # A frozen block is never laid out again: without the cut each update would wrap all the thinking.
 THINKING_BLOCK_CHARS = 2000
-
-
-def markdown_parser() -> MarkdownIt:
-    """GitHub's Markdown, but HTML stays visible text instead of vanishing."""
-    return MarkdownIt("gfm-like", {"html": False})
 
 
 class Thinking(Collapsible):
@@ -73,19 +67,6 @@ class Thinking(Collapsible):
             self._tail.update(Content(text.strip("\n")))
 
 
-class AnswerText(Markdown):
-    """The Markdown of one answer; a link is copied, never opened: nothing leaves by itself."""
-
-    def __init__(self) -> None:
-        super().__init__(parser_factory=markdown_parser, open_links=False)
-
-    @on(Markdown.LinkClicked)
-    def _copy_link(self, event: Markdown.LinkClicked) -> None:
-        event.stop()
-        self.app.copy_to_clipboard(event.href)
-        self.notify(plain(event.href), title="Link copied", markup=False)
-
-
 class Answer(Vertical):
     """The model's side of one turn."""
 
@@ -94,15 +75,14 @@ class Answer(Vertical):
         self.text = ""
         """The answer as the model wrote it."""
         self.reasoning = ""
-        self._markdown = AnswerText()
-        self._stream: MarkdownStream | None = None
+        self._flow = Flow()
         self._thinking: Thinking | None = None
         self._thought = False
         self._foot = Static("", classes="foot", markup=False)
 
     def compose(self) -> ComposeResult:
         """Thinking is mounted above these when there is any."""
-        yield self._markdown
+        yield self._flow
         yield self._foot
 
     def on_mount(self) -> None:
@@ -116,23 +96,18 @@ class Answer(Vertical):
                 self.reasoning += piece.text
                 if self._thinking is None:
                     self._thinking = Thinking()
-                    await self.mount(self._thinking, before=self._markdown)
+                    await self.mount(self._thinking, before=self._flow)
                 self._thinking.add(piece.text)
             else:
                 self._thought = self._thinking is not None
                 self.text += piece.text
-                if self._stream is None:
-                    self._stream = Markdown.get_stream(self._markdown)
-                await self._stream.write(plain(piece.text))
+                await self._flow.add(piece.text)
         if self._thinking is not None:
             self._thinking.label(pace, done=self._thought)
 
     async def finish(self, foot: str, pace: Pace) -> None:
         """No more text comes: render the whole answer once, tidily, and add the line of figures."""
-        if self._stream is not None:
-            await self._stream.stop()
-            self._stream = None
-            await self._markdown.update(plain(self.text))
+        await self._flow.finish()
         if self._thinking is not None:
             self._thinking.label(pace, done=True)
         self._foot.update(foot)
