@@ -6,26 +6,27 @@ with any engine, which is how the tests drive it. Imports no torch: the engine c
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import partial
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from textual.app import App, SystemCommand
 from textual.binding import Binding, BindingType
 from textual.screen import Screen
 from textual.theme import Theme
 
-from mimo_local.chat import PRESETS
 from mimo_local.settings import Paths, Settings
 from tui.bridge import ChatDefaults, EngineFactory
+from tui.keeper import OpenHistory
 from tui.screens.chat import ChatScreen
 from tui.widgets.prompt import Prompt
 
 if TYPE_CHECKING:
     from mimo_local.engine import Engine
     from mimo_local.events import Progress
+    from mimo_local.history import History
 
 __all__ = ["ChatDefaults", "MimoApp", "run"]
 
@@ -58,21 +59,30 @@ class MimoApp(App[None]):
         Binding("ctrl+c", "interrupt", "Stop", show=False, priority=True),
     ]
 
-    def __init__(self, engine_factory: EngineFactory, defaults: ChatDefaults | None = None) -> None:
+    def __init__(
+        self,
+        engine_factory: EngineFactory,
+        defaults: ChatDefaults | None = None,
+        *,
+        open_history: OpenHistory | None = None,
+        resume: int | Literal["last"] | None = None,
+    ) -> None:
+        """`open_history`: where chats are saved, None: nowhere; `resume`: a saved chat to open."""
         super().__init__()
         self.register_theme(THEME)
         if "TEXTUAL_THEME" not in os.environ:
             self.theme = THEME.name
-        self.chat_screen = ChatScreen(engine_factory, defaults or ChatDefaults())
+        self.chat_screen = ChatScreen(
+            engine_factory, defaults or ChatDefaults(), open_history, resume
+        )
 
     def on_mount(self) -> None:
         """Show the chat at once; the load starts when its screen is there."""
         self.push_screen(self.chat_screen)
 
     def close(self) -> None:
-        """Stop and close the engine; call it when the window is gone, it may take two seconds."""
-        if self.chat_screen.bridge is not None:
-            self.chat_screen.bridge.close()
+        """Save and stop; call it when the window is gone, it may take some seconds."""
+        self.chat_screen.close()
 
     async def action_quit(self) -> None:
         """Leave at once; what runs behind is stopped in `close`."""
@@ -93,31 +103,33 @@ class MimoApp(App[None]):
 
     def get_system_commands(self, screen: Screen[object]) -> Iterable[SystemCommand]:
         """The palette: our commands before Textual's own."""
-        chat = self.chat_screen
-        if screen is chat:
-            yield SystemCommand("Help", "Keys and commands", chat.action_help)
-            yield SystemCommand("New chat", "/clear", chat.clear_chat)
-            yield SystemCommand("Answer again", "/regen", chat.regenerate)
-            yield SystemCommand("Copy the answer", "As Markdown", chat.action_copy_answer)
-            yield SystemCommand("Figures", "/stats", chat.show_stats)
-            yield SystemCommand(
-                "System prompt", "/system", partial(chat.prompt.put, f"/system {chat.chat.system}")
-            )
-            on = not chat.chat.thinking
-            yield SystemCommand(
-                f"Thinking {'on' if on else 'off'}", "/think", partial(chat.set_thinking, on)
-            )
-            for name, preset in PRESETS.items():
-                yield SystemCommand(
-                    f"Preset {name}", preset.description, partial(chat.set_preset, name)
-                )
+        if screen is self.chat_screen:
+            yield from self.chat_screen.commands.palette()
         yield from super().get_system_commands(screen)
 
 
-def run(settings: Settings, chat_defaults: ChatDefaults | None = None) -> int:
+def calm_memory() -> None:
+    """Let the garbage collector look at new objects only.
+
+    Torch and Textual leave some 500,000 objects that live as long as the window; going through all
+    of them stopped it for up to 0.3 s, once a second while an answer streamed.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
+
+
+def run(
+    settings: Settings,
+    chat_defaults: ChatDefaults | None = None,
+    *,
+    save: bool = True,
+    resume: int | Literal["last"] | None = None,
+) -> int:
     """Open the window, load the model behind it, chat; the exit status.
 
     Without `settings.model`: the first finished pack, else the demo, built before the user's eyes.
+    `save`: chats go to the history file; `resume`: begin with a saved chat.
     """
 
     def load(on_event: Callable[[Progress], None]) -> Engine:
@@ -128,9 +140,16 @@ def run(settings: Settings, chat_defaults: ChatDefaults | None = None) -> int:
         model = settings.model or Paths.default().first_pack() or demo_pack(on_progress=on_event)
         if model.resolve().is_relative_to(demo_folder().resolve()):
             app.chat_screen.about = DEMO
-        return Engine.load(replace(settings, model=model), on_event)
+        engine = Engine.load(replace(settings, model=model), on_event)
+        calm_memory()
+        return engine
 
-    app = MimoApp(load, chat_defaults)
+    def history() -> History:
+        from mimo_local.history import History
+
+        return History.open(Paths.default().history_file)
+
+    app = MimoApp(load, chat_defaults, open_history=history if save else None, resume=resume)
     try:
         app.run()
     finally:

@@ -3,50 +3,56 @@
 The only file of the interface that touches the engine. Knows no widget: it is given a thread-safe
 `post` and a `later(seconds, call)`. One daemon thread per job, never two at a time: a daemon,
 because leaving the app must not wait for a load of minutes (the interpreter joins other threads).
-Called by the chat screen (`load`, `ask`, `cancel`) and the app (`close`).
+Called by the chat screen and the app (`close`). Reading a document has a thread of its own as well.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 from textual.message import Message
 
 from mimo_local import kernels
-from mimo_local.chat import Chat, Piece, Reply, ask, preset
-from mimo_local.errors import CancelledError, UsageError
+from mimo_local.chat import Attachment, Chat, Piece, Reply, ask, preset
+from mimo_local.errors import BusyError, CancelledError, UsageError
 from mimo_local.events import Done, Failed, Prefill, Progress, Stats
 from mimo_local.sampler import SamplingParams
+from tui.machine import Gauge
 from tui.messages import (
-    AnswerDelta,
     AnswerDone,
     AnswerFailed,
+    Attached,
+    AttachFailed,
+    FileInfo,
     LoadFailed,
     Loading,
+    Machine,
+    MachineNow,
     ModelInfo,
     Pace,
     Problem,
+    Queued,
     Reading,
     Ready,
     TextPiece,
     Tiers,
 )
+from tui.pacing import Joiner, Meter, Pacer
 
 if TYPE_CHECKING:
-    from mimo_local.engine import Engine, Session
+    from mimo_local.engine import Engine
 
-JOIN_S = 0.05
-"""Pieces are joined for this long: 20 screen updates a second, above which Markdown lags behind."""
-MAX_JOIN_S = 0.4
-"""Two or three updates a second are the least that still looks alive."""
 TIERS_S = 0.25
 """Between two looks at where experts come from: four a second can be read."""
-SCREEN_SHARE = 0.25
-"""Of one core, for drawing an answer while it is generated."""
+MACHINE_S = 2.0
+"""Between two looks at the memory in use."""
+BUSY_S = 0.5
+"""Between two tries with an engine that is busy with others."""
 
 
 class EngineFactory(Protocol):
@@ -71,129 +77,6 @@ class ChatDefaults:
     """A saved chat to go on with."""
 
 
-def screen_cpu() -> Callable[[], float]:
-    """A clock of the CPU seconds the main thread, which draws, has used; stands still elsewhere."""
-    thread = threading.main_thread().ident
-    if thread is None or not hasattr(time, "pthread_getcpuclockid"):
-        return lambda: 0.0
-    clock = time.pthread_getcpuclockid(thread)
-    return lambda: time.clock_gettime(clock)
-
-
-class Joiner:
-    """Joins pieces so that drawing stays cheap; the first piece goes out at once.
-
-    One `AnswerDelta` per JOIN_S, or rarer where drawing costs so much that the screen would take
-    more than SCREEN_SHARE of a core: the model wants that core. Measured at 120x40: 1,500 tokens
-    cost 82 ms of a busy core per update, nearly all layout; from there MAX_JOIN_S wins and the
-    share rises (0.3 of a core at 500 tokens, 0.5 at 1,500).
-    """
-
-    def __init__(
-        self,
-        post: Callable[[Message], None],
-        later: Callable[[float, Callable[[], None]], None],
-        clock: Callable[[], float] = time.monotonic,
-        cpu: Callable[[], float] | None = None,
-    ) -> None:
-        self._post, self._later, self._clock = post, later, clock
-        self._cpu = cpu or screen_cpu()
-        self._lock = threading.Lock()
-        self._pieces: list[TextPiece] = []
-        self._pace = Pace()
-        self._sent_at = float("-inf")
-        self._cpu_then = 0.0
-        self._scheduled = False
-
-    def add(self, pieces: Iterable[TextPiece], pace: Pace) -> None:
-        """Take pieces; they reach the screen within MAX_JOIN_S even if nothing follows."""
-        with self._lock:
-            for piece in pieces:
-                if self._pieces and self._pieces[-1].kind == piece.kind:
-                    piece = TextPiece(piece.kind, self._pieces.pop().text + piece.text)
-                self._pieces.append(piece)
-            self._pace = pace
-            if not self._scheduled:
-                self._send_or_wait()
-
-    def flush(self) -> None:
-        """Send what is waiting now."""
-        with self._lock:
-            self._send()
-
-    def _alarm(self) -> None:
-        with self._lock:
-            self._scheduled = False
-            self._send_or_wait()
-
-    def _send_or_wait(self) -> None:
-        if not self._pieces:
-            return
-        drawing = (self._cpu() - self._cpu_then) / SCREEN_SHARE
-        wait = self._sent_at + min(MAX_JOIN_S, max(JOIN_S, drawing)) - self._clock()
-        if wait > 0:
-            self._scheduled = True
-            self._later(wait, self._alarm)
-        else:
-            self._send()
-
-    def _send(self) -> None:
-        if self._pieces:
-            self._post(AnswerDelta(tuple(self._pieces), self._pace))
-            self._pieces = []
-            self._sent_at, self._cpu_then = self._clock(), self._cpu()
-
-
-class Pacer:
-    """Lets one report through per `every`: a loader may report every tensor, nobody reads that."""
-
-    def __init__(
-        self, clock: Callable[[], float] = time.monotonic, *, every: float = JOIN_S
-    ) -> None:
-        self._clock, self._every = clock, every
-        self._sent_at = float("-inf")
-        self._stage = ""
-
-    def due(self, stage: str = "", *, last: bool = False) -> bool:
-        """Whether to report now; the first and the last of a stage always."""
-        now = self._clock()
-        if not last and stage == self._stage and now - self._sent_at < self._every:
-            return False
-        self._sent_at, self._stage = now, stage
-        return True
-
-
-class Meter:
-    """Counts the pieces of one answer, about one per token, and times its thinking."""
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._first = self._thought_until = 0.0
-        self.pace = Pace()
-
-    def count(self, kind: Literal["thinking", "answer"]) -> Pace:
-        """One more piece."""
-        now, p = self._clock(), self.pace
-        if p.tokens == 0:
-            self._first = self._thought_until = now
-        thinking = p.thinking_tokens
-        if kind == "thinking":
-            thinking += 1
-            self._thought_until = now
-        elapsed = now - self._first
-        rate = p.tokens / elapsed if elapsed > 0 else 0.0
-        self.pace = Pace(p.tokens + 1, thinking, self._thought_until - self._first, rate)
-        return self.pace
-
-    def final(self, stats: Stats) -> Pace:
-        """The same with the engine's count: tags and unfinished characters are tokens as well."""
-        p, total = self.pace, stats.completion_tokens
-        if not p.tokens or not total:
-            return p
-        thinking = round(total * p.thinking_tokens / p.tokens)
-        return Pace(total, thinking, p.thinking_s, stats.decode_tokens_per_s)
-
-
 class Bridge:
     """`load` once, then any number of `ask`; `cancel` and `close` at any time."""
 
@@ -206,8 +89,9 @@ class Bridge:
     ) -> None:
         self._post, self._later, self._factory, self._defaults = post, later, factory, defaults
         self._engine: Engine | None = None
-        self._session: Session | None = None
         self._reply: Reply | None = None
+        self._disk = (0.0, 0)
+        """When experts were last looked at, and how many bytes had come from disk."""
         self._job: threading.Thread | None = None
         self._lock = threading.Lock()
         self._cancelled = threading.Event()
@@ -232,9 +116,21 @@ class Bridge:
             if self._reply is not None:
                 self._reply.cancel()
 
-    def forget(self) -> None:
-        """The next answer starts from an empty session."""
-        self._session = None
+    def attach(self, ticket: int, path: Path) -> None:
+        """Read a document and count its tokens: Attached or AttachFailed."""
+        threading.Thread(
+            target=self._attach, args=(ticket, path), name="mimo-read", daemon=True
+        ).start()
+
+    def count(self, file: FileInfo) -> None:
+        """Count the tokens of a document read before there was a model: Attached."""
+        threading.Thread(target=self._count, args=(file,), name="mimo-count", daemon=True).start()
+
+    def watch(self, read: Callable[[], Machine] | None = None) -> None:
+        """Report memory in use from now on: MachineNow*."""
+        threading.Thread(
+            target=self._watch, args=(read or Gauge().read,), name="mimo-gauge", daemon=True
+        ).start()
 
     def close(self, timeout_s: float = 2.0) -> None:
         """Stop whatever runs and close the engine; gives up waiting after `timeout_s`."""
@@ -297,11 +193,9 @@ class Bridge:
             raise UsageError(
                 "the model is not loaded", hint="wait until the status line says ready"
             )
-        if self._session is None:
-            self._session = engine.new_session()
-        reply = ask(
-            engine, self._session, chat, self._params(chat, attempt), stop=self._defaults.stop
-        )
+        reply = self._submit(engine, chat, self._params(chat, attempt))
+        if reply is None:
+            return AnswerDone("cancelled", Stats(), Pace())
         with self._lock:
             self._reply = reply
             if self._cancelled.is_set():
@@ -322,11 +216,67 @@ class Bridge:
                     return AnswerFailed(Problem.of(error))
         return AnswerDone("cancelled", Stats(), meter.pace)
 
+    def _submit(self, engine: Engine, chat: Chat, params: SamplingParams) -> Reply | None:
+        """Ask, again and again while the engine is busy with others; None: the user gave up."""
+        queued = False
+        while True:
+            try:
+                # No session: the engine finds the one that knows most of this branch.
+                return ask(engine, None, chat, params, stop=self._defaults.stop)
+            except BusyError:
+                if not queued:
+                    self._post(Queued())
+                queued = True
+            if self._cancelled.wait(BUSY_S):
+                return None
+
+    def _attach(self, ticket: int, path: Path) -> None:
+        from mimo_local import documents
+
+        try:
+            found = documents.read(path, cancel=self._closing.is_set)
+        except Exception as error:
+            self._post(AttachFailed(ticket, Problem.of(error)))
+            return
+        unread = len(found.unread)
+        notes = [*found.warnings]
+        if unread and not notes:
+            notes = [f"{unread} of {found.page_count} {found.unit}s could not be read"]
+        attachment = Attachment(found.name, found.text)
+        self._count(FileInfo(ticket, found.name, None, attachment, "; ".join(notes)))
+
+    def _count(self, file: FileInfo) -> None:
+        tokens = None
+        tokenizer = self._engine.tokenizer if self._engine is not None else None
+        if tokenizer is not None and file.attachment is not None:
+            tokens = len(tokenizer.encode(file.attachment.text))
+        self._post(Attached(replace(file, tokens=tokens)))
+
+    def _watch(self, read: Callable[[], Machine]) -> None:
+        last = None
+        while True:
+            try:
+                now = read()
+            except Exception:
+                # Meters are no reason to stop a chat; without figures they are not shown.
+                self._post(MachineNow(Machine(0, 0, 0)))
+                return
+            if now != last:
+                self._post(MachineNow(now))
+                last = now
+            if self._closing.wait(MACHINE_S):
+                return
+
     def _post_tiers(self, engine: Engine, tokens: int) -> None:
         found = engine.experts_now()
-        if found is not None:
-            so_far = Stats(completion_tokens=tokens, experts=found)
-            self._post(Tiers(found, so_far.disk_bytes_per_token))
+        if found is None:
+            return
+        now, (then, before) = time.monotonic(), self._disk
+        self._disk = (now, found.disk_bytes)
+        # A new request counts from zero again.
+        speed = (found.disk_bytes - before) / (now - then) if found.disk_bytes >= before else 0.0
+        so_far = Stats(completion_tokens=tokens, experts=found)
+        self._post(Tiers(found, so_far.disk_bytes_per_token, speed))
 
     def _params(self, chat: Chat, attempt: int) -> SamplingParams:
         params = preset(chat.preset).params(**self._defaults.overrides)

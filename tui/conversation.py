@@ -72,17 +72,20 @@ class Conversation:
         """The node of this key, if it is still there."""
         return self._nodes.get(key)
 
-    def chat(self) -> Chat:
-        """The shown branch for the engine: a copy, nobody else writes in it.
+    def chat(self, until: Node | None = None) -> Chat:
+        """The shown branch up to a node for the engine: a copy, nobody else writes in it.
 
-        A question that got no answer (a failure, a chat left early) is not asked again beside the
-        next one: templates want turns to alternate.
+        Templates want turns to alternate: a question without an answer (a failure, a window closed
+        early) is left out before the next one, and so is an answer without a word.
         """
         said: list[Message] = []
         for node in self.path:
             if said and said[-1].role == node.role == "user":
                 said.pop()
-            said.append(node.message)
+            if node.message.text or node.message.tool_calls:
+                said.append(node.message)
+            if node is until:
+                break
         return Chat(said, self.system, self.preset, self.thinking)
 
     def say(self, text: str, attachments: Sequence[Attachment] = ()) -> Node:

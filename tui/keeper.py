@@ -72,7 +72,12 @@ class Keeper:
 
     def choose(self, node: Node) -> None:
         """The branch through this message is the one to come back to."""
-        self._do(lambda h: node.saved and h.choose(node.saved), saving=True)
+
+        def work(h: History) -> None:
+            if node.saved is not None:
+                h.choose(node.saved)
+
+        self._do(work, saving=True)
 
     def replaces(self, new: Node, old: Node) -> None:
         """`old` was taken back and said again as `new`: one message, not two branches."""
@@ -179,9 +184,9 @@ class Keeper:
 
     # ---- the thread ----------------------------------------------------------------------------
 
-    def _do(self, work: Callable[[History], object], *, saving: bool = False) -> None:
+    def _do(self, work: Callable[[History], None], *, saving: bool = False) -> None:
         if self.on:
-            self._jobs.put((lambda h: void(work(h)), saving))
+            self._jobs.put((work, saving))
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
@@ -231,17 +236,11 @@ class Keeper:
         )
 
 
-def void(_: object) -> None:
-    """For a job whose result nobody wants."""
-
-
 def _rows(history: History, text: str) -> tuple[ChatRow, ...]:
     if not text.strip():
         found = history.chats(LISTED)
         return tuple(ChatRow(c.id, c.title, c.updated, c.n_messages) for c in found)
     return tuple(
-        ChatRow(
-            h.chat.id, h.chat.title, h.chat.updated, h.chat.n_messages, h.snippet, h.message_id
-        )
+        ChatRow(h.chat.id, h.chat.title, h.chat.updated, h.chat.n_messages, h.snippet, h.message_id)
         for h in history.search(text, LISTED)
     )

@@ -7,6 +7,7 @@ bridge and the keeper; the chat screen handles all of them, one after another, i
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from textual.message import Message
@@ -122,7 +123,7 @@ class Wish(Message):
     """What the user wants done with a message of the transcript."""
 
     key: int
-    what: Literal["edit", "regenerate", "next", "previous", "up", "down"]
+    what: Literal["edit", "regenerate", "next", "previous", "up", "down", "earlier"]
 
 
 @dataclass
@@ -148,8 +149,10 @@ class Detached(Message):
 
 
 @dataclass
-class CancelEdit(Message):
-    """Esc while an earlier question is being edited."""
+class Attach(Message):
+    """The user completed the path of a file in the prompt."""
+
+    path: Path
 
 
 # ---- from the bridge -----------------------------------------------------------------------------
@@ -224,6 +227,7 @@ class Tiers(Message):
 
     experts: ExpertFigures
     disk_bytes_per_token: float
+    disk_bytes_per_s: float = 0.0
 
 
 @dataclass

@@ -15,7 +15,7 @@ from textual.message import Message as TextualMessage
 from mimo_local.chat import PRESETS, Chat, Message
 from mimo_local.errors import ContextOverflowError
 from mimo_local.events import Progress, Stats
-from tui.bridge import JOIN_S, MAX_JOIN_S, Bridge, ChatDefaults, Joiner, Meter, Pacer
+from tui.bridge import Bridge, ChatDefaults
 from tui.messages import (
     AnswerDelta,
     AnswerDone,
@@ -27,6 +27,7 @@ from tui.messages import (
     Ready,
     TextPiece,
 )
+from tui.pacing import JOIN_S, MAX_JOIN_S, Joiner, Meter, Pacer
 
 
 class Clock:
@@ -292,21 +293,6 @@ def test_a_failure_comes_as_a_problem_after_the_text(drive) -> None:
     assert driver.wait_for(AnswerFailed).problem.hint == "clear"
     assert driver.text("answer") == "partial"
     assert isinstance(driver.messages[-1], AnswerFailed)
-
-
-def test_turns_share_a_session_until_it_is_forgotten(drive) -> None:
-    engine = FakeEngine()
-    driver = drive(lambda on_event: engine)
-    driver.wait_for(Ready)
-    for forget in (False, False, True):
-        if forget:
-            driver.bridge.forget()
-        driver.messages.clear()
-        driver.bridge.ask(asked())
-        driver.wait_for(AnswerDone)
-    first, second, third = (r.session for r in engine.requests)
-    assert first is second
-    assert third is not second
 
 
 def test_typed_parameters_win_over_the_preset_and_a_seed_moves_with_the_attempt(drive) -> None:

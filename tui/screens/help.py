@@ -13,18 +13,57 @@ from textual.widgets import Static
 
 from tui.commands import COMMANDS
 
-KEYS = (
-    ("Enter", "send"),
-    ("Ctrl+J, Shift+Enter", "new line"),
-    ("Up, Down", "earlier prompts, from an empty prompt"),
-    ("Esc, Ctrl+C", "stop the answer and keep it"),
-    ("PageUp, PageDown", "scroll; Ctrl+End: back to the end"),
-    ("Tab", "to transcript and thinking; completes a command"),
-    ("Enter on `Thought`", "open or close it"),
-    ("y or Ctrl+Y", "copy the last answer (outside the prompt)"),
-    ("Ctrl+P", "palette: commands, themes"),
-    ("F1", "this page"),
-    ("Ctrl+Q", "quit"),
+Rows = tuple[tuple[str, str], ...]
+
+KEYS: tuple[tuple[str, Rows], ...] = (
+    (
+        "Prompt",
+        (
+            ("Enter", "send"),
+            ("Ctrl+J, Shift+Enter", "new line; also a \\ before Enter"),
+            ("Up, Down", "earlier prompts, from an empty prompt"),
+            ("@path, Ctrl+O", "attach a document; Tab completes"),
+            ("/command", "Tab completes"),
+            ("Esc, Ctrl+C", "stop the answer and keep it"),
+        ),
+    ),
+    (
+        "Anywhere",
+        (
+            ("Alt+Up, Alt+Down", "to the messages and back; also Tab"),
+            ("PageUp, PageDown", "scroll; Ctrl+End: back to the end"),
+            ("Ctrl+Y", "copy the last answer (y outside the prompt)"),
+            ("F2", "chats: search, open, rename, export"),
+            ("Ctrl+N", "new chat"),
+            ("F4", "preset, thinking and system prompt of this chat"),
+            ("Ctrl+P", "palette: commands, themes"),
+            ("F1", "this page"),
+            ("Ctrl+Q", "quit"),
+        ),
+    ),
+    (
+        "On a message",
+        (
+            ("j, k", "next message, message before"),
+            ("y", "copy it"),
+            ("c", "copy its code; again: the next block"),
+            ("e", "edit the question and ask it as a branch"),
+            ("r", "answer again, the old answer stays"),
+            ("Left, Right or h, l", "other branch: ‹ 2/3 ›"),
+            ("Enter", "open or close what was thought"),
+            ("Delete, x", "on a document above the prompt: take it off"),
+        ),
+    ),
+    (
+        "In the list of chats",
+        (
+            ("Enter", "open"),
+            ("/", "search"),
+            ("r, d, x", "rename, delete (asks), export"),
+            ("n, i", "new chat, import a file"),
+            ("Esc", "close"),
+        ),
+    ),
 )
 
 
@@ -36,19 +75,18 @@ class HelpScreen(ModalScreen[None]):
     ]
 
     def compose(self) -> ComposeResult:
-        """Two tables in one scrolling box."""
+        """Tables in one scrolling box."""
+        commands = tuple((f"/{c.name} {c.argument}".rstrip(), c.help) for c in COMMANDS)
+        width = max(len(left) for _, rows in KEYS for left, _ in rows)
         with VerticalScroll(id="help") as box:
             box.border_title = "Help"
             box.border_subtitle = "Esc closes"
-            yield Static("Keys", classes="heading")
-            yield Static(_table(KEYS))
-            yield Static("Commands", classes="heading")
-            rows = tuple((f"/{c.name} {c.argument}".rstrip(), c.help) for c in COMMANDS)
-            yield Static(_table(rows))
+            for title, rows in (*KEYS, ("Commands", commands)):
+                yield Static(title, classes="heading")
+                yield Static(_table(rows, width))
 
 
-def _table(rows: tuple[tuple[str, str], ...]) -> Content:
-    width = max(len(left) for left, _ in rows)
+def _table(rows: Rows, width: int) -> Content:
     return Content("\n").join(
         Content.assemble((left.ljust(width), "bold"), ("  " + right, "dim")) for left, right in rows
     )

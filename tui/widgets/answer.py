@@ -6,9 +6,11 @@ Fed by the chat screen with `add`, ended with `finish`. Knows nothing of where t
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import ClassVar
 
 from textual import on
 from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
 from textual.containers import Vertical
 from textual.content import Content
 from textual.widgets import Collapsible, Static
@@ -16,6 +18,7 @@ from textual.widgets import Collapsible, Static
 from tui.messages import Pace, TextPiece
 from tui.widgets.figures import count, duration, plain
 from tui.widgets.flow import Flow
+from tui.widgets.spoken import Spoken
 
 # A frozen block is never laid out again: without the cut each update would wrap all the thinking.
 THINKING_BLOCK_CHARS = 2000
@@ -38,9 +41,11 @@ class Thinking(Collapsible):
             self._show()
 
     def label(self, pace: Pace, *, done: bool) -> None:
-        """Put time and tokens in the title."""
+        """Put time and tokens in the title, as far as they are known."""
         figures = f"{duration(pace.thinking_s)} · {count(pace.thinking_tokens, 'token')}"
         title = f"Thought for {figures}" if done else f"Thinking… {figures}"
+        if not pace.thinking_tokens and done:
+            title = "Thought"
         if self.title != title:
             self.title = title
 
@@ -67,27 +72,35 @@ class Thinking(Collapsible):
             self._tail.update(Content(text.strip("\n")))
 
 
-class Answer(Vertical):
-    """The model's side of one turn."""
+class Answer(Spoken):
+    """The model's side of one turn; with a `text` it is complete."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.text = ""
-        """The answer as the model wrote it."""
-        self.reasoning = ""
-        self._flow = Flow()
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("enter", "toggle_thinking", "Thinking"),
+    ]
+
+    def __init__(self, key: int, text: str = "", reasoning: str = "", foot: str = "") -> None:
+        super().__init__(key, text)
+        self.reasoning = reasoning
+        self._flow = Flow(text)
         self._thinking: Thinking | None = None
-        self._thought = False
+        self._thought = bool(text)
+        self._foot_text = foot
         self._foot = Static("", classes="foot", markup=False)
 
     def compose(self) -> ComposeResult:
-        """Thinking is mounted above these when there is any."""
+        """Thinking above the text, figures below it."""
+        if self.reasoning:
+            self._thinking = Thinking()
+            self._thinking.add(self.reasoning)
+            self._thinking.label(Pace(), done=True)
+            yield self._thinking
         yield self._flow
         yield self._foot
 
     def on_mount(self) -> None:
-        """No figures before the end."""
-        self._foot.display = False
+        """The mark of the branch is there from the start, figures at the end."""
+        self._show_mark()
 
     async def add(self, pieces: Iterable[TextPiece], pace: Pace) -> None:
         """Show more text."""
@@ -106,9 +119,26 @@ class Answer(Vertical):
             self._thinking.label(pace, done=self._thought)
 
     async def finish(self, foot: str, pace: Pace) -> None:
-        """No more text comes: render the whole answer once, tidily, and add the line of figures."""
+        """No more text comes: add the line of figures."""
         await self._flow.finish()
         if self._thinking is not None:
             self._thinking.label(pace, done=True)
-        self._foot.update(foot)
-        self._foot.display = bool(foot)
+        self._foot_text = foot
+        self._show_mark()
+        self.refresh_bindings()
+
+    def _show_mark(self) -> None:
+        parts = [part for part in (self.mark(), Content(self._foot_text)) if part]
+        self._foot.update(Content(" · ").join(parts))
+        self._foot.display = bool(parts)
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Enter opens the thinking where there is any."""
+        if action == "toggle_thinking":
+            return self._thinking is not None
+        return super().check_action(action, parameters)
+
+    def action_toggle_thinking(self) -> None:
+        """Open or close what was thought."""
+        if self._thinking is not None:
+            self._thinking.collapsed = not self._thinking.collapsed

@@ -95,6 +95,14 @@ def answer_foot(reason: FinishReason, stats: Stats, pace: Pace) -> str:
     return " · ".join(part for part in parts if part)
 
 
+def saved_foot(stats: Stats) -> str:
+    """The line under an answer of an earlier session."""
+    parts = [count(stats.completion_tokens, "token")]
+    if stats.decode_tokens_per_s:
+        parts.append(rate(stats.decode_tokens_per_s))
+    return " · ".join(parts)
+
+
 def stats_table(stats: Stats, *, kernel: str) -> str:
     """What `/stats` shows; `kernel` is used if the figures name none."""
     return "\n".join(

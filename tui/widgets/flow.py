@@ -7,7 +7,6 @@ answer widget; knows nothing of where text comes from.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from markdown_it import MarkdownIt
@@ -83,9 +82,7 @@ def _cut(
     if at <= 1:
         return [Piece("".join(source), block)]
     halves = ("".join(source[:at]) + closing, opening + "".join(source[at:]))
-    return [
-        Piece(half, tuple(parser.parse(half)), goes_on=n == 0) for n, half in enumerate(halves)
-    ]
+    return [Piece(half, tuple(parser.parse(half)), goes_on=n == 0) for n, half in enumerate(halves)]
 
 
 class Block(Widget):

@@ -137,7 +137,9 @@ class _Layout:
         widths = fit([max(row[c].cell_length for row in rows) for c in range(columns)], width)
         lines: list[Content] = []
         for n, row in enumerate(rows):
-            cells = [cell.wrap(w) if cell else [Content("")] for cell, w in zip(row, widths)]
+            cells = [
+                cell.wrap(w) if cell else [Content("")] for cell, w in zip(row, widths, strict=True)
+            ]
             for y in range(max(map(len, cells))):
                 parts = [
                     (c[y] if y < len(c) else Content("")).truncate(w, pad=True)

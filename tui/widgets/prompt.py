@@ -1,19 +1,21 @@
-"""Where the user types: several lines, Enter sends, Up recalls, Tab completes a slash command.
+"""Where the user types: several lines, Enter sends, Up recalls, Tab completes commands and paths.
 
-Posts `Submitted` and nothing else; knows neither the chat nor whether an answer is running.
+Posts `Submitted` and `Attach`; knows neither the chat nor whether an answer is running.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import ClassVar
 
 from textual import events
 from textual.binding import Binding, BindingType
 from textual.widgets import TextArea
 
-from tui.commands import suggest
-from tui.messages import Submitted
+from tui.commands import Suggestion, suggest
+from tui.mentions import mention_at, offers
+from tui.messages import Attach, Submitted
 
 # Most terminals send one byte for Shift+Enter and Enter; Ctrl+J and a closing \ always work.
 NEWLINE_KEYS = ("shift+enter", "ctrl+j", "alt+enter")
@@ -48,6 +50,11 @@ class Prompt(TextArea):
     def action_newline(self) -> None:
         """Break the line at the cursor."""
         self.insert("\n", maintain_selection_offset=False)
+
+    def edits(self, on: bool) -> None:
+        """Say that an earlier question is being written anew, or no longer."""
+        self.border_title = "Edit: Enter asks it as a new branch · Esc leaves it" if on else ""
+        self.set_class(on, "editing")
 
     def accept(self) -> None:
         """The text was taken: remember it and start empty."""
@@ -88,11 +95,37 @@ class Prompt(TextArea):
             return self._recall(-1 if key == "up" else 1)
         return False
 
-    def _complete(self) -> bool:
+    @property
+    def suggestions(self) -> tuple[Suggestion, ...]:
+        """What the command or the `@path` under the cursor could become."""
         found = suggest(self.text, self.presets)
-        if found:
+        if found or (mention := self._mention()) is None:
+            return found
+        return tuple(
+            Suggestion(o.path, f"@{o.path}", "folder" if o.folder else "attach")
+            for o in offers(mention[1])
+        )
+
+    def _mention(self) -> tuple[int, str] | None:
+        """Where in the cursor's line an `@` stands, and what follows it."""
+        row, column = self.cursor_location
+        return mention_at(self.document[row], column)
+
+    def _complete(self) -> bool:
+        found, mention = self.suggestions, self._mention()
+        if not found:
+            return False
+        if mention is None:
             self.put(found[0].insert)
-        return bool(found)
+            return True
+        row, column = self.cursor_location
+        path = found[0].insert
+        is_file = not path.endswith("/")
+        new = Path(path.replace("\\ ", " ")).name + " " if is_file else f"@{path}"
+        self.replace(new, (row, mention[0]), (row, column), maintain_selection_offset=False)
+        if is_file:
+            self.post_message(Attach(Path(path.replace("\\ ", " "))))
+        return True
 
     def _recall(self, step: int) -> bool:
         """Walk through the sent texts, only from an empty prompt or an unchanged recalled text."""

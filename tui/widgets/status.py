@@ -16,6 +16,9 @@ from textual.widgets import Static
 from tui.messages import ModelInfo
 from tui.widgets.figures import percent, plain
 
+GAUGE = 6
+"""Cells of the context gauge; one is full with the first token."""
+
 
 class TitleBar(Horizontal):
     """`mimo  name` on the left, the kernel in use on the right."""
@@ -24,12 +27,17 @@ class TitleBar(Horizontal):
         """Only the brand until a model is there."""
         yield Static("mimo", id="brand")
         yield Static("", id="model", markup=False)
+        yield Static("", id="title", markup=False)
         yield Static("", id="kernel", markup=False)
 
     def show(self, model: ModelInfo) -> None:
         """Name the model and the kernel."""
         self.query_one("#model", Static).update(plain(model.name))
         self.query_one("#kernel", Static).update(plain(model.kernel))
+
+    def title(self, title: str) -> None:
+        """Name the chat."""
+        self.query_one("#title", Static).update(plain(title))
 
 
 class StatusLine(Widget):
@@ -58,4 +66,8 @@ class StatusLine(Widget):
         if not self.limit:
             return ""
         share = f"{percent(self.used, self.limit)}%"
-        return share if short else f"context {self.used:,} / {self.limit:,} · {share}"
+        return share if short else f"context {self.used:,} / {self.limit:,} {self._gauge()} {share}"
+
+    def _gauge(self) -> str:
+        full = min(GAUGE, -(-GAUGE * self.used // self.limit))
+        return "▰" * full + "▱" * (GAUGE - full)

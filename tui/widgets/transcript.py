@@ -5,21 +5,23 @@ Follows new text until the user scrolls up, and again once the user is back at t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import ClassVar
 
 from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
 from textual.containers import Vertical, VerticalScroll
 from textual.content import Content
 from textual.widget import Widget
 from textual.widgets import Static
 
-from tui.messages import Problem
-from tui.widgets.answer import Answer
-from tui.widgets.figures import plain
+from tui.messages import Problem, Wish
+from tui.widgets.figures import count, plain
+from tui.widgets.spoken import Spoken
 
 
 class Transcript(VerticalScroll):
-    """All turns of the chat, newest last."""
+    """All turns of the shown branch, newest last."""
 
     def on_mount(self) -> None:
         """Stay at the end from the start."""
@@ -29,6 +31,11 @@ class Transcript(VerticalScroll):
     def following(self) -> bool:
         """Whether the end is on screen and stays there."""
         return self.scroll_y >= self.max_scroll_y
+
+    @property
+    def spoken(self) -> list[Spoken]:
+        """The messages, first one first."""
+        return [child for child in self.children if isinstance(child, Spoken)]
 
     async def say(self, widget: Widget) -> None:
         """Add something at the end and go there."""
@@ -44,28 +51,70 @@ class Transcript(VerticalScroll):
         self.anchor()
         self.scroll_end(animate=False)
 
+    async def clear(self) -> None:
+        """Nothing was said."""
+        await self.remove_children("Spoken, Note, ErrorBox, Earlier")
 
-class UserMessage(Vertical):
+    async def keep(self, n: int) -> None:
+        """Take away every message after the first `n`, and what was said below them."""
+        spoken = self.spoken
+        if n < len(spoken):
+            at = self.children.index(spoken[n])
+            await self.remove_children(self.children[at:])
+
+    def focus_by(self, step: int, origin: Spoken | None = None) -> bool:
+        """Focus the next or previous message; False at an end. Without an origin: the last one."""
+        spoken = self.spoken
+        if not spoken:
+            return False
+        at = spoken.index(origin) + step if origin in spoken else len(spoken) - 1
+        if not 0 <= at < len(spoken):
+            return False
+        spoken[at].focus()
+        return True
+
+
+class UserMessage(Spoken):
     """The user's words, verbatim: neither Markdown nor markup is interpreted."""
 
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.text = text
+    def __init__(self, key: int, text: str, files: Sequence[tuple[str, int]] = ()) -> None:
+        super().__init__(key, text)
+        self._files = tuple(files)
+        """Name and characters of each document that came with it."""
+        self._who = Static("You", classes="who")
 
     def compose(self) -> ComposeResult:
-        """Who, then the words."""
-        yield Static("You", classes="who")
+        """Who, the documents, then the words."""
+        yield self._who
+        for name, characters in self._files:
+            line = f"▤ {plain(name)} · {count(characters, 'character')}"
+            yield Static(Content(line), classes="file")
         yield Static(Content(plain(self.text)), classes="words")
 
+    def on_mount(self) -> None:
+        """Say which branch this is."""
+        self._show_mark()
 
-@dataclass
-class Turn:
-    """The turn being answered, or the last one."""
+    def _show_mark(self) -> None:
+        mark = self.mark()
+        self._who.update(Content.assemble("You", "  " if mark else "", mark))
 
-    asked: UserMessage
-    answer: Answer
-    prompt_tokens: int = 0
-    attempt: int = 0
+
+class Earlier(Static, can_focus=True):
+    """Above the first message of a long chat: there are more."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("enter", "more", "Show them")]
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__(f"{count(hidden, 'earlier message')} · Enter shows more", markup=False)
+
+    def on_click(self) -> None:
+        """The same as Enter."""
+        self.action_more()
+
+    def action_more(self) -> None:
+        """Ask for them."""
+        self.post_message(Wish(0, "earlier"))
 
 
 class Note(Static):
