@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 from textual.message import Message
 
 from mimo_local import kernels
-from mimo_local.chat import Attachment, Chat, Piece, Reply, ask, preset
+from mimo_local.chat import Chat, Piece, Reply, ask, preset
 from mimo_local.errors import BusyError, CancelledError, UsageError
 from mimo_local.events import Done, Failed, Prefill, Progress, Stats
 from mimo_local.sampler import SamplingParams
@@ -242,14 +242,13 @@ class Bridge:
         notes = [*found.warnings]
         if unread and not notes:
             notes = [f"{unread} of {found.page_count} {found.unit}s could not be read"]
-        attachment = Attachment(found.name, found.text)
-        self._count(FileInfo(ticket, found.name, None, attachment, "; ".join(notes)))
+        self._count(FileInfo(ticket, found.name, None, found.text, "; ".join(notes)))
 
     def _count(self, file: FileInfo) -> None:
         tokens = None
         tokenizer = self._engine.tokenizer if self._engine is not None else None
-        if tokenizer is not None and file.attachment is not None:
-            tokens = len(tokenizer.encode(file.attachment.text))
+        if tokenizer is not None and file.text is not None:
+            tokens = len(tokenizer.encode(file.text))
         self._post(Attached(replace(file, tokens=tokens)))
 
     def _watch(self, read: Callable[[], Machine]) -> None:

@@ -1,6 +1,6 @@
 """One chat as a tree: every answer and every edited question stays, one branch is shown.
 
-Pure bookkeeping without a screen, an engine or a file: what the user does changes the tree, the
+Bookkeeping without a screen, an engine or a file: what the user does changes the tree, the
 chat screen shows `path`, the bridge answers `chat()`, the keeper saves nodes.
 """
 
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 
 from mimo_local.chat import Attachment, Chat, Message
 from mimo_local.events import Stats
+from tui.messages import Place
 
 
 @dataclass(eq=False, slots=True)
@@ -30,19 +31,13 @@ class Node:
     """Of a complete answer."""
     foot: str = ""
     """What its line of figures says in this session."""
+    thought: str = ""
+    """What the title of its thinking says in this session."""
 
     @property
     def role(self) -> str:
         """Who said it."""
         return self.message.role
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a node is among its siblings: `number` of `count`, from 1."""
-
-    number: int
-    count: int
 
 
 class Conversation:

@@ -12,6 +12,7 @@ import queue
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,14 +20,26 @@ from textual.message import Message
 
 from mimo_local.errors import HistoryError
 from tui.conversation import Conversation, Node
-from tui.messages import ChatRow, Found, KeepFailed, Kept, Opened, Problem, Titled
+from tui.messages import ChatRow, Found, KeepFailed, Kept, Problem, Titled
 
 if TYPE_CHECKING:
-    from mimo_local.history import History
+    from mimo_local.history import ChatInfo, History, Stored
 
 OpenHistory = Callable[[], "History"]
 LISTED = 200
 """Chats or hits in the list at once: more are found by searching."""
+
+
+@dataclass
+class Opened(Message):
+    """A saved chat; `message` is the one to go to, None: the last one."""
+
+    info: ChatInfo
+    messages: tuple[Stored, ...]
+    """Of all branches, a parent before its children."""
+    branch: tuple[int, ...]
+    """Ids of the active branch."""
+    message: int | None
 
 
 class Keeper:

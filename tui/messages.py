@@ -8,16 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from textual.message import Message
 
-from mimo_local.chat import Attachment
 from mimo_local.errors import MimoError
 from mimo_local.events import ExpertFigures, FinishReason, Prefill, Progress, Stats
-
-if TYPE_CHECKING:
-    from mimo_local.history import ChatInfo, Stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,10 +98,19 @@ class FileInfo:
     """Told apart by it: the same file may be attached twice."""
     name: str
     tokens: int | None = None
-    """None while it is being read, or before there is a model to count with."""
-    attachment: Attachment | None = None
+    """None before it is counted, which takes a model."""
+    text: str | None = None
+    """None while it is being read."""
     note: str = ""
     """What could not be read of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Which of its branches a message is: `number` of `count`, from 1."""
+
+    number: int
+    count: int
 
 
 # ---- from widgets --------------------------------------------------------------------------------
@@ -255,18 +260,6 @@ class Found(Message):
 
     text: str
     rows: tuple[ChatRow, ...]
-
-
-@dataclass
-class Opened(Message):
-    """A saved chat; `message` is the one to go to, None: the last one."""
-
-    info: ChatInfo
-    messages: tuple[Stored, ...]
-    """Of all branches, a parent before its children."""
-    branch: tuple[int, ...]
-    """Ids of the active branch."""
-    message: int | None
 
 
 @dataclass

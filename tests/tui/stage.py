@@ -7,12 +7,14 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from fakes import FakeEngine, FakeStream
 from textual.pilot import Pilot
 
 from mimo_local.events import Done, Event, Failed, Prefill, Progress, Stats, Token
+from mimo_local.history import History
 from tui.app import ChatDefaults, MimoApp
 from tui.screens.chat import ChatScreen
 from tui.widgets.transcript import ErrorBox, Transcript
@@ -42,12 +44,12 @@ class Stage:
             : (width + 1) * height
         ]
 
-    async def until(self, condition: Callable[[], object], timeout_s: float = 5.0) -> None:
+    async def until(self, condition: Callable[[], object], timeout_s: float = 10.0) -> None:
         """Wait until `condition()` is true."""
         end = time.monotonic() + timeout_s
         while not condition():
             assert time.monotonic() < end, f"waited {timeout_s} s; the screen:\n{self.text()}"
-            await asyncio.sleep(0.01)  # pilot.pause waits up to 1 s for an idle CPU
+            await asyncio.sleep(0.03)  # pilot.pause waits up to 1 s for an idle CPU
         await self.pilot.pause()
 
     async def idle(self) -> None:
@@ -55,6 +57,7 @@ class Stage:
 
     async def type(self, text: str) -> None:
         """Put text in the prompt as a paste would."""
+        self.screen.prompt.focus()
         self.screen.prompt.put(text)
         await self.pilot.pause()
 
@@ -85,9 +88,16 @@ async def staged(
     defaults: ChatDefaults | None = None,
     ready: bool = True,
     factory: Callable[[Callable[[Progress], None]], Any] | None = None,
+    history: Path | None = None,
+    resume: int | Literal["last"] | None = None,
 ) -> AsyncIterator[Stage]:
     """The app with `engine`, at `size`; waits for the engine unless `ready` is False."""
-    app = MimoApp(factory or (lambda on_event: engine), defaults)
+    app = MimoApp(
+        factory or (lambda on_event: engine),
+        defaults,
+        open_history=None if history is None else lambda: History.open(history),
+        resume=resume,
+    )
     try:
         async with app.run_test(size=size, notifications=True) as pilot:
             stage = Stage(app, pilot)

@@ -105,6 +105,9 @@ class AskScreen(ModalScreen[str | None]):
 class FileTree(DirectoryTree):
     """Folders and files, hidden ones left out; Backspace goes up."""
 
+    ICON_NODE = "▸ "
+    ICON_NODE_EXPANDED = "▾ "
+    ICON_FILE = "  "
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("backspace", "up", "Folder above"),
     ]
@@ -160,6 +163,24 @@ class ChatSettings:
     system: str
 
 
+class Mark(RadioButton):
+    """Chosen and not chosen differ without colour too."""
+
+    @property
+    def BUTTON_INNER(self) -> str:  # type: ignore[override]
+        """The sign between the brackets."""
+        return "●" if self.value else "○"
+
+
+class Tick(Checkbox):
+    """On and off differ without colour too."""
+
+    @property
+    def BUTTON_INNER(self) -> str:  # type: ignore[override]
+        """The sign between the brackets."""
+        return "X" if self.value else " "
+
+
 class SettingsScreen(ModalScreen[ChatSettings | None]):
     """Preset, thinking and system prompt of this chat."""
 
@@ -181,8 +202,8 @@ class SettingsScreen(ModalScreen[ChatSettings | None]):
             yield Static("Preset", classes="heading")
             with RadioSet():
                 for name, preset in PRESETS.items():
-                    yield RadioButton(f"{name.ljust(10)} {preset.description}", name == now.preset)
-            yield Checkbox("think before answering", now.thinking)
+                    yield Mark(f"{name.ljust(10)} {preset.description}", name == now.preset)
+            yield Tick("think before answering", now.thinking)
             yield Static("System prompt, empty: the model's own", classes="heading")
             yield TextArea(now.system, id="system")
 
@@ -190,5 +211,5 @@ class SettingsScreen(ModalScreen[ChatSettings | None]):
         """Take what is set."""
         pressed = self.query_one(RadioSet).pressed_index
         name = list(PRESETS)[pressed] if pressed >= 0 else self._settings.preset
-        thinking = self.query_one(Checkbox).value
+        thinking = self.query_one(Tick).value
         self.dismiss(ChatSettings(name, thinking, self.query_one("#system", TextArea).text.strip()))

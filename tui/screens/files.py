@@ -31,12 +31,12 @@ class Files:
     @property
     def reading(self) -> bool:
         """Whether a document is still being read."""
-        return any(f.attachment is None for f in self._files.values())
+        return any(f.text is None for f in self._files.values())
 
     @property
     def attachments(self) -> tuple[Attachment, ...]:
         """Those that were read, in the order they were added."""
-        return tuple(f.attachment for f in self._files.values() if f.attachment is not None)
+        return tuple(Attachment(f.name, f.text) for f in self._files.values() if f.text is not None)
 
     def add(self, path: Path) -> None:
         """Read a document; one that is attached already is not read twice."""
@@ -57,7 +57,7 @@ class Files:
         if before is None:
             return  # taken off meanwhile
         self._files[ticket] = message.file
-        if message.file.note and before.attachment is None:
+        if message.file.note and before.text is None:
             title = f"{plain(message.file.name)} has gaps"
             self._screen.notify(
                 plain(message.file.note), title=title, severity="warning", markup=False
@@ -98,7 +98,7 @@ class Files:
         """Have these again: their question could not be asked."""
         for attachment in attachments:
             ticket = next(self._tickets)
-            self._files[ticket] = FileInfo(ticket, attachment.name, None, attachment)
+            self._files[ticket] = FileInfo(ticket, attachment.name, None, attachment.text)
         self.count()
         self._show()
 
@@ -106,7 +106,7 @@ class Files:
         """Have the tokens counted of those that were not yet: there was no model."""
         if self._screen.bridge is not None:
             for file in self._files.values():
-                if file.attachment is not None and file.tokens is None:
+                if file.text is not None and file.tokens is None:
                     self._screen.bridge.count(file)
 
     def _show(self) -> None:

@@ -32,10 +32,10 @@ KEYS: tuple[tuple[str, Rows], ...] = (
         (
             ("Alt+Up, Alt+Down", "to the messages and back; also Tab"),
             ("PageUp, PageDown", "scroll; Ctrl+End: back to the end"),
-            ("Ctrl+Y", "copy the last answer (y outside the prompt)"),
+            ("y or Ctrl+Y", "copy the last answer (outside the prompt)"),
             ("F2", "chats: search, open, rename, export"),
             ("Ctrl+N", "new chat"),
-            ("F4", "preset, thinking and system prompt of this chat"),
+            ("F4", "preset, thinking, system prompt of this chat"),
             ("Ctrl+P", "palette: commands, themes"),
             ("F1", "this page"),
             ("Ctrl+Q", "quit"),

@@ -11,7 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tui.messages import ChatRow, Found, KeepFailed, Kept, ListWish, Opened, Titled
+from tui.keeper import Opened
+from tui.messages import ChatRow, Found, KeepFailed, Kept, ListWish, Titled
 from tui.screens.dialogs import AskScreen, ConfirmScreen
 from tui.widgets.chats import ChatList, ChatSearch
 from tui.widgets.figures import plain

@@ -12,6 +12,7 @@ from textual import on
 from textual.screen import Screen
 from textual.widget import Widget
 
+from tui.keeper import Opened
 from tui.messages import (
     AnswerDelta,
     AnswerDone,
@@ -25,7 +26,6 @@ from tui.messages import (
     Kept,
     ListWish,
     MachineNow,
-    Opened,
     Queued,
     Reading,
     Searching,

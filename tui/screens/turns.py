@@ -6,7 +6,6 @@ screen hands over what the user and the bridge say.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,7 +13,8 @@ from typing import TYPE_CHECKING
 from mimo_local.chat import Attachment, Message
 from mimo_local.events import Stats
 from tui.conversation import Conversation, Node
-from tui.messages import AnswerDelta, AnswerDone, Opened, Pace, Problem
+from tui.keeper import Opened
+from tui.messages import AnswerDelta, AnswerDone, Pace, Problem
 from tui.widgets.answer import Answer
 from tui.widgets.figures import answer_foot, answering_line, saved_foot
 from tui.widgets.spoken import Spoken
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tui.screens.chat import ChatScreen
 
 SAVE_S = 0.5
-"""Between two saves of a growing answer: what a sudden end may lose."""
+"""From new text of a growing answer to its save: what a sudden end may lose."""
 SHOWN = 40
 """Messages of a long chat that are shown at first: each one costs some milliseconds."""
 
@@ -39,7 +39,8 @@ class Running:
     new_question: bool
     """It goes back to the prompt if there will be no answer."""
     prompt_tokens: int = 0
-    saved_at: float = 0.0
+    save_due: bool = False
+    """A timer runs that will save what there is of it."""
 
 
 class Turns:
@@ -79,9 +80,12 @@ class Turns:
         """Have a question answered, once more if it was already."""
         node = self.chat.answer(question)
         self.chat.show(node)
+        on_a_message = isinstance(self._screen.focused, Spoken)
         await self.show()
         widget = self._widget(node)
         assert isinstance(widget, Answer)
+        if on_a_message:
+            widget.focus(scroll_visible=False)
         self.running = Running(question, node, widget, new)
         screen = self._screen
         screen.transcript.follow()
@@ -108,10 +112,9 @@ class Turns:
             return
         await run.widget.add(message.pieces, message.pace)
         self._take_text(run)
-        now = time.monotonic()
-        if now - run.saved_at >= SAVE_S:
-            run.saved_at = now
-            self._screen.keeper.save(self.chat, run.answer, self._screen.model_name)
+        if not run.save_due:
+            run.save_due = True
+            self._screen.set_timer(SAVE_S, self._save_growing)
         self._screen.say(answering_line(message.pace))
         self._screen.used(run.prompt_tokens + message.pace.tokens)
 
@@ -128,6 +131,7 @@ class Turns:
         self.stats = run.answer.stats = stats
         run.answer.foot = answer_foot(message.reason, stats, message.pace)
         await run.widget.finish(run.answer.foot, message.pace)
+        run.answer.thought = run.widget.thought_title
         self._screen.keeper.save(self.chat, run.answer, self._screen.model_name)
         self._screen.used(stats.context_used or run.prompt_tokens)
         self._screen.enter("idle", "stopped" if message.reason == "cancelled" else "ready")
@@ -147,6 +151,12 @@ class Turns:
         else:
             await self._take_back(run, "the prompt is back below")
         await self._screen.transcript.say(ErrorBox("No answer", problem))
+
+    def _save_growing(self) -> None:
+        run = self.running
+        if run is not None:
+            run.save_due = False
+            self._screen.keeper.save(self.chat, run.answer, self._screen.model_name)
 
     def leave(self) -> None:
         """The window closes: what there is of an answer is saved."""
@@ -284,4 +294,4 @@ def _made(node: Node) -> Spoken:
         files = [(a.name, len(a.text)) for a in message.attachments]
         return UserMessage(node.key, message.content, files)
     foot = node.foot or (saved_foot(node.stats) if node.stats else "")
-    return Answer(node.key, message.content, message.reasoning, foot)
+    return Answer(node.key, message.content, message.reasoning, foot, node.thought)

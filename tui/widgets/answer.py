@@ -18,7 +18,7 @@ from textual.widgets import Collapsible, Static
 from tui.messages import Pace, TextPiece
 from tui.widgets.figures import count, duration, plain
 from tui.widgets.flow import Flow
-from tui.widgets.spoken import Spoken
+from tui.widgets.spoken import MarkLine, Spoken
 
 # A frozen block is never laid out again: without the cut each update would wrap all the thinking.
 THINKING_BLOCK_CHARS = 2000
@@ -44,8 +44,6 @@ class Thinking(Collapsible):
         """Put time and tokens in the title, as far as they are known."""
         figures = f"{duration(pace.thinking_s)} · {count(pace.thinking_tokens, 'token')}"
         title = f"Thought for {figures}" if done else f"Thinking… {figures}"
-        if not pace.thinking_tokens and done:
-            title = "Thought"
         if self.title != title:
             self.title = title
 
@@ -79,21 +77,24 @@ class Answer(Spoken):
         Binding("enter", "toggle_thinking", "Thinking"),
     ]
 
-    def __init__(self, key: int, text: str = "", reasoning: str = "", foot: str = "") -> None:
+    def __init__(
+        self, key: int, text: str = "", reasoning: str = "", foot: str = "", thought: str = ""
+    ) -> None:
         super().__init__(key, text)
+        self._thought_title = thought
         self.reasoning = reasoning
         self._flow = Flow(text)
         self._thinking: Thinking | None = None
         self._thought = bool(text)
         self._foot_text = foot
-        self._foot = Static("", classes="foot", markup=False)
+        self._foot = MarkLine("", classes="foot", markup=False)
 
     def compose(self) -> ComposeResult:
         """Thinking above the text, figures below it."""
         if self.reasoning:
             self._thinking = Thinking()
             self._thinking.add(self.reasoning)
-            self._thinking.label(Pace(), done=True)
+            self._thinking.title = self._thought_title or "Thought"
             yield self._thinking
         yield self._flow
         yield self._foot
@@ -101,6 +102,11 @@ class Answer(Spoken):
     def on_mount(self) -> None:
         """The mark of the branch is there from the start, figures at the end."""
         self._show_mark()
+
+    @property
+    def thought_title(self) -> str:
+        """What the title of the thinking says."""
+        return self._thinking.title if self._thinking is not None else ""
 
     async def add(self, pieces: Iterable[TextPiece], pace: Pace) -> None:
         """Show more text."""

@@ -37,18 +37,19 @@ def ago(seconds: float) -> str:
     return time.strftime("%Y-%m-%d", time.localtime(time.time() - seconds))
 
 
-def described(row: ChatRow, now: float, current: int | None) -> Content:
+def described(row: ChatRow, now: float, current: int | None, width: int) -> Content:
     """Two lines: the title, then when and how long or where the search found it."""
-    title = Content(plain(row.title) or "no title")
-    if row.chat == current:
-        title = Content.assemble(("● ", "$primary"), title)
-    if not row.snippet:
-        below = Content(f"{ago(now - row.changed)} · {count(row.messages, 'message')}")
-        return Content("\n").join([title.stylize("bold"), below.stylize("$text-muted")])
-    parts: list[Content | tuple[str, str]] = []
-    for i, part in enumerate(row.snippet.replace("\x03", "\x02").split("\x02")):
-        parts.append((plain(part), "bold underline" if i % 2 else "$text-muted"))
-    return Content("\n").join([title.stylize("bold"), Content.assemble(*parts)])
+    title = Content(("● " if row.chat == current else "") + (plain(row.title) or "no title"))
+    if row.snippet:
+        parts = row.snippet.replace("\x03", "\x02").split("\x02")
+        below = Content.assemble(
+            *((plain(p), "bold underline" if i % 2 else "dim") for i, p in enumerate(parts))
+        )
+    else:
+        words = f"{ago(now - row.changed)} · {count(row.messages, 'message')}"
+        below = Content(words).stylize("dim")
+    lines = (title.stylize("bold"), below)
+    return Content("\n").join(line.truncate(width, ellipsis=True) for line in lines)
 
 
 class ChatSearch(Input):
@@ -139,7 +140,8 @@ class ChatList(Vertical):
         before = options.row
         options.rows = tuple(rows)
         now = time.time()
-        options.set_options([Option(described(row, now, current)) for row in rows])
+        width = max(20, self.content_size.width - 3)  # padding and the scroll bar
+        options.set_options([Option(described(row, now, current, width)) for row in rows])
         same = (n for n, r in enumerate(rows) if before is not None and r.chat == before.chat)
         options.highlighted = next(same, 0) if rows else None
         if text:

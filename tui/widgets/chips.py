@@ -32,7 +32,7 @@ class Chip(Static, can_focus=True):
     def __init__(self, file: FileInfo) -> None:
         self.file = file
         tokens = "" if file.tokens is None else f" {count(file.tokens, 'token')}"
-        if file.attachment is None:
+        if file.text is None:
             tokens = " reading…"
         name = Content(plain(file.name)).truncate(NAME, ellipsis=True).stylize("bold")
         cross = Style.from_meta({"@click": "detach"})

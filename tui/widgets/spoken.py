@@ -11,13 +11,21 @@ from textual.binding import Binding, BindingType
 from textual.containers import Vertical
 from textual.content import Content
 from textual.style import Style
+from textual.widgets import Static
 
-from tui.conversation import Place
-from tui.messages import Wish
+from tui.messages import Place, Wish
 from tui.widgets.figures import count
 from tui.widgets.markup import code_blocks
 
 What = Literal["edit", "regenerate", "next", "previous", "up", "down"]
+
+
+class MarkLine(Static):
+    """The line of a message that holds the mark; its arrows are clicked here."""
+
+    def action_wish(self, what: What) -> None:
+        """The message's wish."""
+        self.query_ancestor(Spoken).action_wish(what)
 
 
 class Spoken(Vertical, can_focus=True):

@@ -17,7 +17,7 @@ from textual.widgets import Static
 
 from tui.messages import Problem, Wish
 from tui.widgets.figures import count, plain
-from tui.widgets.spoken import Spoken
+from tui.widgets.spoken import MarkLine, Spoken
 
 
 class Transcript(VerticalScroll):
@@ -81,7 +81,7 @@ class UserMessage(Spoken):
         super().__init__(key, text)
         self._files = tuple(files)
         """Name and characters of each document that came with it."""
-        self._who = Static("You", classes="who")
+        self._who = MarkLine("You", classes="who", markup=False)
 
     def compose(self) -> ComposeResult:
         """Who, the documents, then the words."""
