@@ -10,7 +10,7 @@ import gc
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 from textual.app import App, SystemCommand
 from textual.binding import Binding, BindingType
@@ -24,7 +24,7 @@ from tui.screens.chat import ChatScreen
 from tui.widgets.prompt import Prompt
 
 if TYPE_CHECKING:
-    from mimo_local.engine import Engine
+    from mimo_local.chat import Backend
     from mimo_local.events import Progress
     from mimo_local.history import History
 
@@ -65,15 +65,15 @@ class MimoApp(App[None]):
         defaults: ChatDefaults | None = None,
         *,
         open_history: OpenHistory | None = None,
-        resume: int | Literal["last"] | None = None,
+        save: bool = True,
     ) -> None:
-        """`open_history`: where chats are saved, None: nowhere; `resume`: a saved chat to open."""
+        """`open_history`: the saved chats; `save`: whether those of this window are added."""
         super().__init__()
         self.register_theme(THEME)
         if "TEXTUAL_THEME" not in os.environ:
             self.theme = THEME.name
         self.chat_screen = ChatScreen(
-            engine_factory, defaults or ChatDefaults(), open_history, resume
+            engine_factory, defaults or ChatDefaults(), open_history, save
         )
 
     def on_mount(self) -> None:
@@ -119,28 +119,15 @@ def calm_memory() -> None:
     gc.set_threshold(10_000, 20, 20)
 
 
-def run(
-    settings: Settings,
-    chat_defaults: ChatDefaults | None = None,
-    *,
-    save: bool = True,
-    resume: int | Literal["last"] | None = None,
-) -> int:
+def run(settings: Settings, chat_defaults: ChatDefaults | None = None) -> int:
     """Open the window, load the model behind it, chat; the exit status.
 
     Without `settings.model`: the first finished pack, else the demo, built before the user's eyes.
-    `save`: chats go to the history file; `resume`: begin with a saved chat.
     """
+    start = chat_defaults or ChatDefaults()
 
-    def load(on_event: Callable[[Progress], None]) -> Engine:
-        # Costs 2-3 s of torch: paid in the loading thread, the window is there already.
-        from mimo_local.demo import demo_folder, demo_pack
-        from mimo_local.engine import Engine
-
-        model = settings.model or Paths.default().first_pack() or demo_pack(on_progress=on_event)
-        if model.resolve().is_relative_to(demo_folder().resolve()):
-            app.chat_screen.about = DEMO
-        engine = Engine.load(replace(settings, model=model), on_event)
+    def load(on_event: Callable[[Progress], None]) -> Backend:
+        engine = _open(settings, on_event, app.chat_screen)
         calm_memory()
         return engine
 
@@ -149,9 +136,26 @@ def run(
 
         return History.open(Paths.default().history_file)
 
-    app = MimoApp(load, chat_defaults, open_history=history if save else None, resume=resume)
+    # A saved chat that was asked for is read even where this one is not to be kept.
+    wanted = settings.history or start.chat_id is not None
+    app = MimoApp(load, start, open_history=history if wanted else None, save=settings.history)
     try:
         app.run()
     finally:
         app.close()
     return app.return_code or 0
+
+
+def _open(settings: Settings, on_event: Callable[[Progress], None], screen: ChatScreen) -> Backend:
+    if settings.remote:
+        from mimo_local.remote import Remote
+
+        return Remote.open(settings, on_event)
+    # Costs 2-3 s of torch: paid in the loading thread, the window is there already.
+    from mimo_local.demo import demo_folder, demo_pack
+    from mimo_local.engine import Engine
+
+    model = settings.model or Paths.default().first_pack() or demo_pack(on_progress=on_event)
+    if model.resolve().is_relative_to(demo_folder().resolve()):
+        screen.about = DEMO
+    return Engine.load(replace(settings, model=model), on_event)

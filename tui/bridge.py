@@ -13,14 +13,15 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from textual.message import Message
 
 from mimo_local import kernels
-from mimo_local.chat import Chat, Piece, Reply, ask, preset
+from mimo_local.chat import Backend, Chat, Piece, Reply, ask, preset
 from mimo_local.errors import BusyError, CancelledError, UsageError
 from mimo_local.events import Done, Failed, Prefill, Progress, Stats
+from mimo_local.remote import Remote
 from mimo_local.sampler import SamplingParams
 from tui.machine import Gauge
 from tui.messages import (
@@ -34,6 +35,7 @@ from tui.messages import (
     Machine,
     MachineNow,
     ModelInfo,
+    Noted,
     Pace,
     Problem,
     Queued,
@@ -43,9 +45,6 @@ from tui.messages import (
     Tiers,
 )
 from tui.pacing import Joiner, Meter, Pacer
-
-if TYPE_CHECKING:
-    from mimo_local.engine import Engine
 
 TIERS_S = 0.25
 """Between two looks at where experts come from: four a second can be read."""
@@ -58,7 +57,7 @@ BUSY_S = 0.5
 class EngineFactory(Protocol):
     """Makes the engine, reporting progress on the calling thread."""
 
-    def __call__(self, on_event: Callable[[Progress], None]) -> Engine:
+    def __call__(self, on_event: Callable[[Progress], None]) -> Backend:
         """Return the engine or raise; `on_event` may raise CancelledError to stop the work."""
         ...
 
@@ -77,6 +76,13 @@ class ChatDefaults:
     """A saved chat to go on with."""
 
 
+def _described(engine: Backend) -> ModelInfo:
+    if isinstance(engine, Remote):
+        where = f"{engine.privacy[:1].upper()}{engine.privacy[1:]}."
+        return ModelInfo(engine.name, engine.description, "remote", engine.context_limit, where)
+    return ModelInfo(engine.name, engine.description, kernels.describe(), engine.context_limit)
+
+
 class Bridge:
     """`load` once, then any number of `ask`; `cancel` and `close` at any time."""
 
@@ -88,7 +94,7 @@ class Bridge:
         defaults: ChatDefaults,
     ) -> None:
         self._post, self._later, self._factory, self._defaults = post, later, factory, defaults
-        self._engine: Engine | None = None
+        self._engine: Backend | None = None
         self._reply: Reply | None = None
         self._disk = (0.0, 0)
         """When experts were last looked at, and how many bytes had come from disk."""
@@ -162,9 +168,7 @@ class Bridge:
 
         try:
             engine = self._factory(on_event)
-            model = ModelInfo(
-                engine.name, engine.description, kernels.describe(), engine.context_limit
-            )
+            model = _described(engine)
         except Exception as error:
             # Whatever breaks in there, the window must say so instead of waiting for ever.
             self._post(LoadFailed(Problem.of(error)))
@@ -186,6 +190,8 @@ class Bridge:
                 self._reply = None
         joiner.flush()
         self._post(last)
+        for note in self._engine.take_notes() if isinstance(self._engine, Remote) else ():
+            self._post(Noted(note))
 
     def _stream_answer(self, chat: Chat, attempt: int, joiner: Joiner) -> Message:
         engine = self._engine
@@ -216,7 +222,7 @@ class Bridge:
                     return AnswerFailed(Problem.of(error))
         return AnswerDone("cancelled", Stats(), meter.pace)
 
-    def _submit(self, engine: Engine, chat: Chat, params: SamplingParams) -> Reply | None:
+    def _submit(self, engine: Backend, chat: Chat, params: SamplingParams) -> Reply | None:
         """Ask, again and again while the engine is busy with others; None: the user gave up."""
         queued = False
         while True:
@@ -266,7 +272,7 @@ class Bridge:
             if self._closing.wait(MACHINE_S):
                 return
 
-    def _post_tiers(self, engine: Engine, tokens: int) -> None:
+    def _post_tiers(self, engine: Backend, tokens: int) -> None:
         found = engine.experts_now()
         if found is None:
             return

@@ -45,8 +45,15 @@ class Opened(Message):
 class Keeper:
     """Does what it is asked one after another; without a history it does nothing."""
 
-    def __init__(self, post: Callable[[Message], None], open_history: OpenHistory | None) -> None:
-        self._post, self._open_history = post, open_history
+    def __init__(
+        self,
+        post: Callable[[Message], None],
+        open_history: OpenHistory | None,
+        *,
+        saves: bool = True,
+    ) -> None:
+        """`saves`: whether this chat is kept; saved ones can be read without."""
+        self._post, self._open_history, self._saves = post, open_history, saves
         self._history: History | None = None
         self._jobs: queue.Queue[tuple[Callable[[History], None], bool] | None] = queue.Queue()
         self._failing = False
@@ -57,7 +64,7 @@ class Keeper:
 
     @property
     def on(self) -> bool:
-        """Whether chats are saved."""
+        """Whether there are saved chats."""
         return self._open_history is not None
 
     def start(self) -> None:
@@ -125,17 +132,6 @@ class Keeper:
 
         self._do(work)
 
-    def open_last(self) -> None:
-        """`Opened` with the chat changed last."""
-
-        def work(h: History) -> None:
-            last = h.last()
-            if last is None:
-                raise HistoryError("there is no saved chat yet", hint="this one will be the first")
-            self.open(last.id)
-
-        self._do(work)
-
     def rename(self, chat: int, title: str) -> None:
         """Give it another title."""
 
@@ -198,7 +194,7 @@ class Keeper:
     # ---- the thread ----------------------------------------------------------------------------
 
     def _do(self, work: Callable[[History], None], *, saving: bool = False) -> None:
-        if self.on:
+        if self.on and (self._saves or not saving):
             self._jobs.put((work, saving))
 
     def _run(self) -> None:

@@ -25,6 +25,8 @@ class ModelInfo:
     kernel: str
     """`amx`, `avx512`, `avx_vnni`, `avx2`, `scalar`, or `reference (slow)`."""
     context_limit: int
+    where: str = "Everything stays on this machine."
+    """What becomes of what is typed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +226,13 @@ class AnswerDelta(Message):
 
     pieces: tuple[TextPiece, ...]
     pace: Pace
+
+
+@dataclass
+class Noted(Message):
+    """Something a server did that was not asked for."""
+
+    text: str
 
 
 @dataclass

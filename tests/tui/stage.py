@@ -7,8 +7,9 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from fakes import FakeEngine, FakeStream
 from textual.pilot import Pilot
@@ -89,14 +90,13 @@ async def staged(
     ready: bool = True,
     factory: Callable[[Callable[[Progress], None]], Any] | None = None,
     history: Path | None = None,
-    resume: int | Literal["last"] | None = None,
+    resume: int | None = None,
 ) -> AsyncIterator[Stage]:
     """The app with `engine`, at `size`; waits for the engine unless `ready` is False."""
     app = MimoApp(
         factory or (lambda on_event: engine),
-        defaults,
+        replace(defaults or ChatDefaults(), chat_id=resume),
         open_history=None if history is None else lambda: History.open(history),
-        resume=resume,
     )
     try:
         async with app.run_test(size=size, notifications=True) as pilot:

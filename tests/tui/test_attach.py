@@ -117,14 +117,14 @@ async def test_a_file_that_cannot_be_read_keeps_the_prompt(folder: Path) -> None
         await stage.until(lambda: "Not attached" in stage.text())
         assert stage.screen.prompt.text == "Sum up broken.pdf"
         assert engine.requests == []
-        await stage.send("/attach nowhere.txt")
+        await stage.send("/file nowhere.txt")
         await stage.until(lambda: "there is no file" in stage.text())
 
 
 async def test_a_chip_is_taken_off_by_key_and_by_click(folder: Path) -> None:
     async with staged(FakeEngine()) as stage:
         for name in ("notes.md", "my plan.txt", "notes.md"):
-            await stage.send(f"/attach {name}")
+            await stage.send(f"/file {name}")
         await stage.until(lambda: "my plan.txt 14 tokens" in stage.text())
         assert len(stage.screen.query(Chip)) == 2, "the same file twice is once"
         assert "48 tokens together" in stage.text()
@@ -141,7 +141,7 @@ async def test_a_chip_is_taken_off_by_key_and_by_click(folder: Path) -> None:
 async def test_too_much_is_said_before_it_is_sent(folder: Path) -> None:
     (folder / "long.txt").write_text("word " * 200)
     async with staged(FakeEngine(context_limit=500)) as stage:
-        await stage.send("/attach long.txt")
+        await stage.send("/file long.txt")
         await stage.until(lambda: "too long for the context by 499 tokens" in stage.text())
 
 
@@ -197,7 +197,7 @@ async def test_a_document_read_before_the_model_is_counted_after(folder: Path) -
         return engine
 
     async with staged(engine, ready=False, factory=factory) as stage:
-        await stage.send("/attach notes.md")
+        await stage.send("/file notes.md")
         await stage.until(lambda: "notes.md ✕" in stage.text())
         gate.set()
         await stage.until(lambda: "notes.md 34 tokens" in stage.text())

@@ -13,19 +13,27 @@ from stage import SlowReader, chunks
 from textual.message import Message as TextualMessage
 
 from mimo_local.chat import PRESETS, Chat, Message
-from mimo_local.errors import ContextOverflowError
-from mimo_local.events import Progress, Stats
+from mimo_local.errors import BusyError, ContextOverflowError
+from mimo_local.events import ExpertFigures, Progress, Stats
+from tui import bridge
 from tui.bridge import Bridge, ChatDefaults
+from tui.machine import Gauge
 from tui.messages import (
     AnswerDelta,
     AnswerDone,
     AnswerFailed,
+    Attached,
+    AttachFailed,
     LoadFailed,
     Loading,
+    Machine,
+    MachineNow,
     Pace,
+    Queued,
     Reading,
     Ready,
     TextPiece,
+    Tiers,
 )
 from tui.pacing import JOIN_S, MAX_JOIN_S, Joiner, Meter, Pacer
 
@@ -313,3 +321,122 @@ def test_typed_parameters_win_over_the_preset_and_a_seed_moves_with_the_attempt(
     assert params[0].max_tokens == PRESETS["code"].max_tokens
     assert params[0].repetition_penalty == PRESETS["code"].repetition_penalty
     assert engine.requests[0].stop == ("X",)
+
+
+class Busy(FakeEngine):
+    """Refuses the first `times` requests, as an engine does that others keep busy."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__(["at last"])
+        self.times = times
+
+    def submit(self, *args, **kwargs):
+        self.times -= 1
+        if self.times >= 0:
+            raise BusyError("5 requests are waiting", hint="ask again later")
+        return super().submit(*args, **kwargs)
+
+
+def test_a_busy_engine_is_asked_again_until_it_answers(drive, monkeypatch) -> None:
+    monkeypatch.setattr(bridge, "BUSY_S", 0.01)
+    driver = drive(lambda on_event: Busy(3))
+    driver.wait_for(Ready)
+    driver.bridge.ask(asked())
+    driver.wait_for(AnswerDone)
+    assert driver.text("answer") == "at last"
+    assert len([m for m in driver.messages if isinstance(m, Queued)]) == 1
+
+
+def test_waiting_for_a_busy_engine_can_be_given_up(drive) -> None:
+    engine = Busy(10**9)
+    driver = drive(lambda on_event: engine)
+    driver.wait_for(Ready)
+    driver.bridge.ask(asked())
+    driver.wait_for(Queued)
+    started = time.monotonic()
+    driver.bridge.cancel()
+    done = driver.wait_for(AnswerDone)
+    assert done.reason == "cancelled"
+    assert time.monotonic() - started < 1.0
+    assert engine.requests == []
+
+
+def test_no_session_is_held_above_the_engine(drive) -> None:
+    seen = []
+
+    class Watching(FakeEngine):
+        def submit(self, session, *args, **kwargs):
+            seen.append(session)
+            return super().submit(session, *args, **kwargs)
+
+    driver = drive(lambda on_event: Watching())
+    driver.wait_for(Ready)
+    driver.bridge.ask(asked())
+    driver.wait_for(AnswerDone)
+    assert seen == [None]
+
+
+def test_documents_are_read_and_counted_in_the_background(drive, tmp_path) -> None:
+    gate = threading.Event()
+
+    def factory(on_event):
+        gate.wait(5)
+        return FakeEngine()
+
+    driver = drive(factory)
+    (tmp_path / "a.txt").write_text("twelve chars")
+    driver.bridge.attach(1, tmp_path / "a.txt")
+    file = driver.wait_for(Attached).file
+    assert (file.ticket, file.name, file.tokens) == (1, "a.txt", None), "no model to count with"
+    gate.set()
+    driver.wait_for(Ready)
+    driver.messages.clear()
+    driver.bridge.count(file)
+    assert driver.wait_for(Attached).file.tokens == 12
+    driver.bridge.attach(2, tmp_path / "missing.txt")
+    failed = driver.wait_for(AttachFailed)
+    assert failed.ticket == 2
+    assert "no file" in failed.problem.message
+
+
+def test_memory_is_reported_when_it_changed_and_a_broken_gauge_ends_it(drive, monkeypatch) -> None:
+    monkeypatch.setattr(bridge, "MACHINE_S", 0.005)
+    figures = [Machine(1, 2, 3), Machine(1, 2, 3), Machine(2, 2, 3)]
+    driver = drive(lambda on_event: FakeEngine())
+
+    def read() -> Machine:
+        if not figures:
+            raise OSError("no /proc here")
+        return figures.pop(0)
+
+    driver.bridge.watch(read)
+    end = time.monotonic() + 5
+    while not any(isinstance(m, MachineNow) and not m.machine.total for m in driver.messages):
+        assert time.monotonic() < end
+        time.sleep(0.005)
+    seen = [m.machine for m in driver.messages if isinstance(m, MachineNow)]
+    assert seen == [Machine(1, 2, 3), Machine(2, 2, 3), Machine(0, 0, 0)]
+
+
+def test_the_gauge_reads_this_machine() -> None:
+    now = Gauge().read()
+    assert 10_000_000 < now.process < now.total
+    assert 0 < now.used <= now.total
+    assert now.vram_used <= now.vram_total
+
+
+def test_disk_speed_is_what_came_between_two_looks(drive, monkeypatch) -> None:
+    monkeypatch.setattr(bridge, "TIERS_S", 0.0)
+    engine = FakeEngine(["a", "b", "c", "d"], delay_s=0.01)
+    steps = iter([1_000_000, 3_000_000, 3_000_000, 5_000_000, 500])
+    engine.experts_now = lambda: ExpertFigures(  # type: ignore[method-assign]
+        wanted=1, disk_bytes=next(steps, 500)
+    )
+    driver = drive(lambda on_event: engine)
+    driver.wait_for(Ready)
+    driver.bridge.ask(asked())
+    driver.wait_for(AnswerDone)
+    speeds = [m.disk_bytes_per_s for m in driver.messages if isinstance(m, Tiers)]
+    assert speeds[1] > 0
+    assert speeds[2] == 0.0
+    assert all(s >= 0 for s in speeds), "counting anew is no negative speed"

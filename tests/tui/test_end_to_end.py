@@ -60,16 +60,8 @@ def demo_home(demo_cache: Path, demo_pack_dir: Path, tmp_path: Path) -> Path:
 @pytest.mark.demo
 def test_the_demo_model_chats_in_a_terminal(demo_home: Path) -> None:
     env = {"MIMO_HOME": str(demo_home), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
-    command = [
-        sys.executable,
-        "-m",
-        "mimo_local",
-        "chat",
-        "--temperature",
-        "0",
-        "--max-tokens",
-        "60",
-    ]
+    command = [sys.executable, "-m", "mimo_local", "chat", "--temperature", "0"]
+    command += ["--max-tokens", "60", "--seed", "1"]
     with Terminal(command, env=env, cwd=ROOT) as terminal:
         screen = terminal.wait_for(ready, 120)
         assert "not MiMo itself" in screen
@@ -77,10 +69,38 @@ def test_the_demo_model_chats_in_a_terminal(demo_home: Path) -> None:
         terminal.press("Enter")
         screen = terminal.wait_for(lambda s: ready(s) and "tok/s" in s, 120)
         assert "Paris" in screen
+        terminal.press("M-Up")
+        terminal.wait_for("y Copy")
+        terminal.press("r")  # greedy: the same words, but a branch of their own
+        terminal.wait_for(lambda s: ready(s) and "‹ 2/2 ›" in s, 60)
+        terminal.press("Left")
+        screen = terminal.wait_for("‹ 1/2 ›", 30)
+        assert "Paris" in screen
+        terminal.press("M-Down")  # past the last message: back to the prompt
         terminal.type("Tell me a long story about the sea.")
         terminal.press("Enter")
         terminal.wait_for(lambda s: "answering" in s, 60)
         terminal.press("Escape")
         terminal.wait_for("stopped", 30)
+        terminal.press("C-q")
+        assert terminal.exit_status() == 0
+    with Terminal(command, env=env, cwd=ROOT) as terminal:
+        terminal.wait_for(ready, 120)
+        terminal.press("F2")
+        terminal.wait_for("5 messages", 30)
+        terminal.type("capital")
+        terminal.wait_for("found", 30)
+        terminal.press("Enter")
+        screen = terminal.wait_for("‹ 1/2 ›", 30)
+        assert "What is the capital of France?" in screen
+        terminal.press("C-q")
+        assert terminal.exit_status() == 0
+    with Terminal([*command, "-c"], env=env, cwd=ROOT) as terminal:
+        terminal.wait_for("long story about the sea", 120)
+        terminal.wait_for(ready, 120)
+        terminal.type("And now a short one.")
+        terminal.press("Enter")
+        screen = terminal.wait_for(lambda s: ready(s) and "tok/s" in s, 120)
+        assert "And now a short one." in screen
         terminal.press("C-q")
         assert terminal.exit_status() == 0

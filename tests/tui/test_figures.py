@@ -4,9 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mimo_local.events import Stats
-from tui.messages import Pace
+from mimo_local.events import DraftFigures, Stats
+from tui.messages import Machine, Pace
 from tui.widgets.figures import amount, answer_foot, count, duration, percent, plain, rate
+from tui.widgets.meters import meter_parts
 
 
 @given(st.text())
@@ -62,3 +63,19 @@ def test_the_line_under_an_answer_says_how_it_ended() -> None:
     assert answer_foot("cancelled", Stats(), Pace(tokens=3)) == "stopped · 3 tokens"
     assert "--max-tokens" in answer_foot("length", stats, Pace())
     assert "/clear" in answer_foot("context", stats, Pace())
+
+
+MACHINE = Machine(1_300_000_000, 7_900_000_000, 16_800_000_000, 3_000_000_000, 8_000_000_000)
+
+
+def test_the_meters_name_what_there_is_the_most_important_first() -> None:
+    drafts = DraftFigures(by_drafts=(1, 9), judged=(9,), accepted=(6,))
+    assert meter_parts(MACHINE, drafts, 850_000_000.0) == [
+        "mimo 1.3 GB",
+        "RAM 7.9 / 16.8 GB",
+        "VRAM 3.0 / 8.0 GB",
+        "disk 850.0 MB/s",
+        "drafts 66% right",
+    ]
+    assert meter_parts(Machine(0, 0, 0), DraftFigures.none(1), 0.0) == []
+    assert meter_parts(None, None, 0.0) == []

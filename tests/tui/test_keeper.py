@@ -256,12 +256,20 @@ def test_export_to_a_place_that_is_not_there(desk: Desk, tmp_path: Path) -> None
     assert "cannot be written" in desk.wait_for(KeepFailed).problem.message
 
 
-def test_the_last_chat_can_be_gone_on_with(desk: Desk) -> None:
-    desk.keeper.open_last()
-    assert "no saved chat" in desk.wait_for(KeepFailed).problem.message
-    chat = held(desk)
-    desk.keeper.open_last()
-    assert desk.wait_for(Opened).info.id == chat.saved
+def test_saved_chats_can_be_read_without_saving_this_one(tmp_path: Path) -> None:
+    path = tmp_path / "h.db"
+    with History.open(path) as history:
+        kept = history.new_chat(title="old")
+    messages: list[TextualMessage] = []
+    keeper = Keeper(messages.append, lambda: History.open(path), saves=False)
+    keeper.start()
+    chat = Conversation()
+    keeper.save(chat, chat.say("secret"))
+    keeper.open(kept)
+    keeper.close()
+    assert [type(m) for m in messages] == [Opened]
+    with History.open(path) as history:
+        assert [c.title for c in history.chats()] == ["old"]
 
 
 def test_without_a_history_nothing_happens(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from textual.widgets import Input
 
 from mimo_local.chat import Message
 from mimo_local.history import History
-from tui.screens.dialogs import AskScreen, ConfirmScreen
+from tui.screens.dialogs import AskScreen, ConfirmScreen, SettingsScreen
 from tui.screens.library import file_name
 from tui.widgets.chats import ChatOptions, ago
 from tui.widgets.status import StatusLine
@@ -35,6 +35,10 @@ def db(tmp_path: Path) -> Path:
         asked = history.add(lamp, Message("user", "How bright is a lamp?"), parent=None)
         history.add(lamp, Message("assistant", "Very bright."), parent=asked)
     return path
+
+
+LAMP = 2
+"""The chat that was changed last."""
 
 
 def saved(path: Path) -> dict[str, list[str]]:
@@ -92,7 +96,7 @@ async def test_nothing_found_is_said_and_esc_empties_the_field_first(db: Path) -
 
 async def test_an_opened_chat_goes_on_as_it_was(db: Path) -> None:
     engine = FakeEngine(["More about it."])
-    async with staged(engine, history=db, resume="last") as stage:
+    async with staged(engine, history=db, resume=LAMP) as stage:
         await stage.until(lambda: "Very bright." in stage.text())
         assert "How bright is a lamp?" in stage.text().splitlines()[0], "its title"
         await open_list(stage, 2)
@@ -152,7 +156,7 @@ async def test_a_question_without_an_answer_is_there_and_can_be_answered(tmp_pat
     with History.open(path) as history:
         history.add(history.new_chat(), Message("user", "lost question"), parent=None)
     engine = FakeEngine(["found"])
-    async with staged(engine, history=path, resume="last") as stage:
+    async with staged(engine, history=path, resume=1) as stage:
         await stage.until(lambda: "no answer yet" in stage.text())
         await stage.send("/regen")
         await stage.until(lambda: "found" in stage.text())
@@ -161,7 +165,7 @@ async def test_a_question_without_an_answer_is_there_and_can_be_answered(tmp_pat
 
 
 async def test_a_new_chat_leaves_the_old_one_in_the_list(db: Path) -> None:
-    async with staged(FakeEngine(["a"]), history=db, resume="last") as stage:
+    async with staged(FakeEngine(["a"]), history=db, resume=LAMP) as stage:
         await stage.until(lambda: "Very bright." in stage.text())
         await stage.pilot.press("ctrl+n")
         await stage.until(lambda: not stage.screen.query(UserMessage))
@@ -173,7 +177,7 @@ async def test_a_new_chat_leaves_the_old_one_in_the_list(db: Path) -> None:
 
 
 async def test_rename_by_key_and_by_command(db: Path) -> None:
-    async with staged(FakeEngine(), history=db, resume="last") as stage:
+    async with staged(FakeEngine(), history=db, resume=LAMP) as stage:
         await stage.until(lambda: "Very bright." in stage.text())
         await stage.send("/rename Lamps")
         await stage.until(lambda: "Lamps" in stage.text().splitlines()[0])
@@ -186,7 +190,7 @@ async def test_rename_by_key_and_by_command(db: Path) -> None:
 
 
 async def test_delete_asks_and_enter_alone_does_not(db: Path) -> None:
-    async with staged(FakeEngine(), history=db, resume="last") as stage:
+    async with staged(FakeEngine(), history=db, resume=LAMP) as stage:
         await stage.until(lambda: "Very bright." in stage.text())
         await open_list(stage, 2)
         for keys in (("enter",), ("escape",), ("n",)):
@@ -209,9 +213,9 @@ async def test_delete_asks_and_enter_alone_does_not(db: Path) -> None:
 
 async def test_export_asks_where_and_before_it_replaces(db: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.md"
-    async with staged(FakeEngine(), size=LARGE, history=db, resume="last") as stage:
+    async with staged(FakeEngine(), size=LARGE, history=db, resume=LAMP) as stage:
         await stage.until(lambda: "Very bright." in stage.text())
-        await stage.send("/export")
+        await stage.send("/save")
         await stage.until(lambda: isinstance(stage.app.screen, AskScreen))
         assert "how-bright-is-a-lamp.md" in stage.text()
         stage.app.screen.query_one(Input).value = str(tmp_path / "no" / "x.md")
@@ -221,12 +225,12 @@ async def test_export_asks_where_and_before_it_replaces(db: Path, tmp_path: Path
         for text, key in (("Very bright.", None), ("precious", "n"), ("Very bright.", "y")):
             if key:
                 out.write_text("precious")
-            await stage.send(f"/export {out}")
+            await stage.send(f"/save {out}")
             if key:
                 await stage.until(lambda: isinstance(stage.app.screen, ConfirmScreen))
                 await stage.pilot.press(key)
             await stage.until(lambda text=text: out.exists() and text in out.read_text())
-        await stage.send(f"/export {tmp_path / 'out.json'}")
+        await stage.send(f"/save {tmp_path / 'out.json'}")
         await stage.until(lambda: "Exported to" in stage.text())
         assert json.loads((tmp_path / "out.json").read_text())
         await stage.send(f"/import {tmp_path / 'out.json'}")
@@ -286,3 +290,21 @@ def test_times_and_file_names() -> None:
     assert file_name("Why? ../../etc/passwd & more") == "why-etc-passwd-more.md"
     assert file_name("///") == "chat.md"
     assert file_name("灯塔 的 光") == "灯塔-的-光.md"
+
+
+async def test_settings_of_a_chat_by_keyboard_are_kept(db: Path) -> None:
+    async with staged(FakeEngine(), history=db, resume=LAMP) as stage:
+        await stage.until(lambda: "Very bright." in stage.text())
+        await stage.pilot.press("f4")
+        await stage.until(lambda: isinstance(stage.app.screen, SettingsScreen))
+        assert "● chat" in stage.text() or "●chat" in stage.text().replace(" ", "")
+        assert "○code" in stage.text().replace(" ", ""), "told apart without colour"
+        await stage.pilot.press("down", "down", "enter", "tab", "space", "tab")
+        await stage.pilot.press(*"Hi", "ctrl+s")
+        await stage.until(lambda: stage.app.screen is stage.screen)
+        assert "code · thinks first · own system prompt" in stage.text()
+        await stage.pilot.press("f4", "escape")  # changed my mind
+        await stage.until(lambda: stage.app.screen is stage.screen)
+    with History.open(db) as history:
+        info = history.chat(LAMP)
+    assert (info.preset, info.thinking, info.system) == ("code", True, "Hi")

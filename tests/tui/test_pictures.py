@@ -156,7 +156,7 @@ def test_documents_above_the_prompt(snap_compare, tmp_path: Path, monkeypatch) -
     async def play(pilot: Pilot[None]) -> None:
         await ask(pilot, QUESTION)
         for name in ("log.md", "plan.txt"):
-            pilot.app.screen.query_one(Prompt).put(f"/attach {name}")
+            pilot.app.screen.query_one(Prompt).put(f"/file {name}")
             await pilot.press("enter")
         await settle(
             pilot,

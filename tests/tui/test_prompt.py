@@ -78,3 +78,15 @@ async def test_a_text_that_could_not_be_used_comes_before_the_new_one() -> None:
         box.put("draft")
         box.put_back("failed")
         assert box.text == "failed\ndraft"
+
+
+async def test_another_suggestion_is_a_key_away() -> None:
+    async with prompt() as (stage, box):
+        await stage.pilot.press("/", "s")
+        await stage.until(lambda: "⇥ /system TEXT" in stage.text())
+        await stage.pilot.press("down")
+        await stage.until(lambda: "⇥ /settings" in stage.text())
+        await stage.pilot.press("up", "up")
+        await stage.until(lambda: "⇥ /stats" in stage.text())
+        await stage.pilot.press("tab")
+        assert box.text == "/stats"

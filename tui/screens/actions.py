@@ -48,8 +48,8 @@ class Commands:
                 await self.show_stats()
             case Command("regen"):
                 await self.regenerate()
-            case Command("edit"):
-                self.edit()
+            case Command("edit", text):
+                self.edit(text)
             case Command("exit"):
                 await screen.app.action_quit()
             case Command(name, text):
@@ -61,13 +61,15 @@ class Commands:
         match name:
             case "chats":
                 screen.library.toggle()
-            case "attach" if text:
+            case "file" if text == "-":
+                screen.files.replace(())
+            case "file" if text:
                 screen.files.add(Path(text))
-            case "attach":
+            case "file":
                 screen.action_attach()
             case "rename":
                 screen.library.rename(new=text)
-            case "export":
+            case "save":
                 screen.library.export(to=text)
             case "import":
                 screen.library.import_file(text)
@@ -81,9 +83,9 @@ class Commands:
         yield SystemCommand("New chat", "/clear", screen.clear_chat)
         yield SystemCommand("Chats", "Saved chats and search, /chats", screen.library.toggle)
         yield SystemCommand("Rename this chat", "/rename", screen.library.rename)
-        yield SystemCommand("Export this chat", "Markdown or JSON, /export", screen.library.export)
+        yield SystemCommand("Export this chat", "Markdown or JSON, /save", screen.library.export)
         yield SystemCommand("Import chats", "/import", screen.library.import_file)
-        yield SystemCommand("Attach a document", "/attach", screen.action_attach)
+        yield SystemCommand("Attach a document", "/file", screen.action_attach)
         yield SystemCommand("Answer again", "/regen", self.regenerate)
         yield SystemCommand("Edit the last prompt", "/edit", self.edit)
         yield SystemCommand("Copy the answer", "As Markdown", self.copy_answer)
@@ -161,14 +163,17 @@ class Commands:
         if screen.state != "idle" or not await screen.turns.regenerate():
             screen.notify("There is no prompt to answer again yet", markup=False)
 
-    def edit(self) -> None:
-        """Write the last prompt anew."""
+    def edit(self, text: str = "") -> None:
+        """Write the last prompt anew, with a `text` at once."""
         screen = self._screen
         leaf = screen.turns.chat.leaf
         if screen.busy("edit a prompt"):
             return
         if leaf is None or not screen.turns.edit(leaf):
             screen.notify("There is no prompt to edit yet", markup=False)
+        elif text:
+            screen.prompt.put(text)
+            screen.prompt.action_submit()
 
     def copy_answer(self) -> None:
         """Copy the last answer as Markdown."""

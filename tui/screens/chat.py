@@ -12,7 +12,7 @@ import contextvars
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from textual import on
 from textual.app import ComposeResult
@@ -77,17 +77,17 @@ class ChatScreen(Receiver):
         factory: EngineFactory,
         defaults: ChatDefaults,
         open_history: OpenHistory | None = None,
-        resume: int | Literal["last"] | None = None,
+        save: bool = True,
     ) -> None:
         super().__init__()
-        self._factory, self._defaults, self._resume = factory, defaults, resume
+        self._factory, self._defaults = factory, defaults
         self.state: State = "loading"
         self.model: ModelInfo | None = None
         self.exit_code = 0
         self.about = ""
         """Said under the model's description; set by `run` before the engine is ready."""
         self.bridge: Bridge | None = None
-        self.keeper = Keeper(self._post, open_history)
+        self.keeper = Keeper(self._post, open_history, saves=save)
         self.turns = Turns(self, self._new_chat())
         self.library, self.files, self.commands = Library(self), Files(self), Commands(self)
         self.send_when_ready = False
@@ -121,10 +121,8 @@ class ChatScreen(Receiver):
         self.bridge.load()
         self.bridge.watch()
         self.keeper.start()
-        if self._resume == "last":
-            self.keeper.open_last()
-        elif self._resume is not None:
-            self.keeper.open(self._resume)
+        if self._defaults.chat_id is not None:
+            self.keeper.open(self._defaults.chat_id)
         self.watch(self.transcript, "scroll_y", self._show_position, init=False)
 
     def _post(self, message: TextualMessage) -> None:
@@ -183,8 +181,7 @@ class ChatScreen(Receiver):
         self.query_one(TitleBar).show(model)
         self.query_one(StatusLine).limit = model.context_limit
         if not self.turns.chat.path:
-            where = "Everything stays on this machine."
-            words = filter(None, (model.description, self.about, where))
+            words = filter(None, (model.description, self.about, model.where))
             await self.transcript.note("\n".join(words))
         self.files.count()
         self.enter("idle", "ready")
@@ -236,7 +233,9 @@ class ChatScreen(Receiver):
     @on(TextArea.SelectionChanged)
     def _typed(self, event: TextArea.Changed | TextArea.SelectionChanged) -> None:
         if event.text_area is self.prompt:
-            self.query_one(CommandHints).show(self.prompt.suggestions)
+            if isinstance(event, TextArea.Changed):
+                self.prompt.picked = 0
+            self.query_one(CommandHints).show(self.prompt.suggestions, self.prompt.picked)
 
     # ---- the chat as a whole -------------------------------------------------------------------
 

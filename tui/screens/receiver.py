@@ -26,6 +26,7 @@ from tui.messages import (
     Kept,
     ListWish,
     MachineNow,
+    Noted,
     Queued,
     Reading,
     Searching,
@@ -166,6 +167,10 @@ class Receiver(Screen[None]):
     async def _failed(self, message: AnswerFailed) -> None:
         self.query_one(Meters).disk = 0.0
         await self.turns.failed(message.problem)
+
+    @on(Noted)
+    async def _noted(self, message: Noted) -> None:
+        await self.query_one(Transcript).note(message.text)
 
     @on(Tiers)
     def _tiers(self, message: Tiers) -> None:

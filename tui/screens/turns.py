@@ -184,7 +184,7 @@ class Turns:
         if leaf is not None:
             screen.keeper.choose(leaf)
         await self.show()
-        screen.used(self.stats.context_used if self.stats else 0)
+        self._show_used()
         screen.enter("idle", status)
 
     # ---- branches ------------------------------------------------------------------------------
@@ -222,6 +222,7 @@ class Turns:
             return
         self._screen.keeper.choose(other)
         await self.show()
+        self._show_used()
         place = self.chat.place(other)
         self._screen.say(f"branch {place.number} of {place.count}")
         if (widget := self._widget(other)) is not None:
@@ -238,8 +239,7 @@ class Turns:
         self._first = max(0, len(path) - SHOWN)
         await self._screen.transcript.clear()
         await self.show()
-        last = next((n.stats for n in reversed(path) if n.stats is not None), None)
-        self._screen.used(last.context_used if last else 0)
+        self._show_used()
         self._screen.transcript.follow()
 
     async def open(self, opened: Opened) -> None:
@@ -283,6 +283,12 @@ class Turns:
                 await transcript.mount(*map(_made, path[same:]))
         for widget, node in zip(transcript.spoken, path, strict=True):
             widget.show_place(self.chat.place(node))
+
+    def _show_used(self) -> None:
+        """Of the context: what the last complete answer of this branch had used."""
+        stats = (n.stats for n in reversed(self.chat.path) if n.stats is not None)
+        last = next(stats, None)
+        self._screen.used(last.context_used if last is not None else 0)
 
     def _widget(self, node: Node) -> Spoken | None:
         return next((w for w in self._screen.transcript.spoken if w.key == node.key), None)

@@ -11,17 +11,17 @@ from tui.commands import Suggestion
 
 
 class CommandHints(Static):
-    """Shown only while there is something to suggest; Tab in the prompt takes the first."""
+    """Shown only while there is something to suggest; Tab in the prompt takes the marked one."""
 
-    def show(self, suggestions: Sequence[Suggestion]) -> None:
-        """One line per suggestion; none hides the widget."""
+    def show(self, suggestions: Sequence[Suggestion], picked: int = 0) -> None:
+        """One line per suggestion, a sign at the one Tab takes; none hides the widget."""
         self.display = bool(suggestions)
         if not suggestions:
             return
         width = max(len(s.label) for s in suggestions)
         lines = [
             Content.assemble(
-                ("⇥ " if i == 0 else "  ", "dim"),
+                ("⇥ " if i == min(picked, len(suggestions) - 1) else "  ", "dim"),
                 (s.label.ljust(width), "bold"),
                 ("  " + s.help, "dim"),
             )

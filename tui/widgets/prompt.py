@@ -41,6 +41,8 @@ class Prompt(TextArea):
         self.presets = tuple(presets)
         self._sent: list[str] = []
         self._recalled: int | None = None
+        self.picked = 0
+        """Which suggestion Tab takes; Up and Down move it."""
 
     def action_submit(self) -> None:
         """Hand the text over; whoever takes it clears the prompt with `accept`."""
@@ -92,7 +94,8 @@ class Prompt(TextArea):
         if key == "tab":
             return self._complete()
         if key in ("up", "down"):
-            return self._recall(-1 if key == "up" else 1)
+            step = -1 if key == "up" else 1
+            return self._pick(step) or self._recall(step)
         return False
 
     @property
@@ -106,6 +109,14 @@ class Prompt(TextArea):
             for o in offers(mention[1])
         )
 
+    def _pick(self, step: int) -> bool:
+        """Another suggestion; False where there is no other."""
+        n = len(self.suggestions)
+        if n > 1:
+            self.picked = (self.picked + step) % n
+            self.post_message(self.SelectionChanged(self.selection, self))
+        return n > 1
+
     def _mention(self) -> tuple[int, str] | None:
         """Where in the cursor's line an `@` stands, and what follows it."""
         row, column = self.cursor_location
@@ -115,11 +126,12 @@ class Prompt(TextArea):
         found, mention = self.suggestions, self._mention()
         if not found:
             return False
+        taken = found[min(self.picked, len(found) - 1)]
         if mention is None:
-            self.put(found[0].insert)
+            self.put(taken.insert)
             return True
         row, column = self.cursor_location
-        path = found[0].insert
+        path = taken.insert
         is_file = not path.endswith("/")
         new = Path(path.replace("\\ ", " ")).name + " " if is_file else f"@{path}"
         self.replace(new, (row, mention[0]), (row, column), maintain_selection_offset=False)

@@ -70,7 +70,8 @@ class Transcript(VerticalScroll):
         at = spoken.index(origin) + step if origin in spoken else len(spoken) - 1
         if not 0 <= at < len(spoken):
             return False
-        spoken[at].focus()
+        # At once: `focus()` waits for a turn of the loop, and the next key may be here before it.
+        self.screen.set_focus(spoken[at])
         return True
 
 
