@@ -32,6 +32,7 @@ from mimo_local.history import History
 from tui import bridge, machine
 from tui.app import ChatDefaults, MimoApp
 from tui.messages import Machine
+from tui.pacing import Meter
 from tui.widgets import chats
 from tui.widgets.chats import ChatOptions
 from tui.widgets.meters import Meters
@@ -123,9 +124,8 @@ MACHINE = Machine(1_320_000_000, 7_900_000_000, 16_800_000_000)
 def same_everywhere() -> Iterator[None]:
     """Every machine has the same clock (a tenth of a second per piece), kernel and memory."""
     ticks = itertools.count()
-    real = bridge.Meter
     with (
-        mock.patch.object(bridge, "Meter", lambda: real(lambda: next(ticks) / 10)),
+        mock.patch.object(bridge, "Meter", lambda: Meter(lambda: next(ticks) / 10)),
         mock.patch.object(kernels, "describe", lambda: "avx2"),
         mock.patch.object(machine.Gauge, "read", lambda self: MACHINE),
         mock.patch.object(chats, "ago", lambda seconds: "3 h ago"),

@@ -48,13 +48,13 @@ class Library:
         self._list.display = True
         self._screen.add_class("listing")
         self.refresh()
-        self._screen.query_one(ChatSearch).focus()
+        self._screen.set_focus(self._screen.query_one(ChatSearch))
 
     def close(self) -> None:
         """Back to the prompt."""
         self._list.display = False
         self._screen.remove_class("listing")
-        self._screen.prompt.focus()
+        self._screen.set_focus(self._screen.prompt)
 
     def refresh(self) -> None:
         """Read the list anew, if it is open."""
@@ -79,7 +79,7 @@ class Library:
         unanswered = (leaf := screen.turns.chat.leaf) is not None and leaf.role == "user"
         screen.say("no answer yet: /regen asks for one" if unanswered else "chat opened")
         if message.message is None and not self._list.display:
-            screen.prompt.focus()
+            screen.set_focus(screen.prompt)
         self.refresh()
 
     async def kept(self, message: Kept) -> None:

@@ -95,7 +95,7 @@ class Receiver(Screen[None]):
             return
         transcript = self.query_one(Transcript)
         if not transcript.focus_by(step, at) and step > 0:
-            self.prompt.focus()
+            self.set_focus(self.prompt)
             transcript.follow()
 
     # ---- messages of the transcript ------------------------------------------------------------

@@ -85,7 +85,7 @@ class Turns:
         widget = self._widget(node)
         assert isinstance(widget, Answer)
         if on_a_message:
-            widget.focus(scroll_visible=False)
+            self._screen.set_focus(widget, scroll_visible=False)
         self.running = Running(question, node, widget, new)
         screen = self._screen
         screen.transcript.follow()
@@ -201,7 +201,7 @@ class Turns:
         prompt.put(question.message.content)
         prompt.edits(True)
         self._screen.files.replace(question.message.attachments)
-        prompt.focus()
+        self._screen.set_focus(prompt)
         return True
 
     def end_edit(self, *, restore: bool = False) -> None:
@@ -226,7 +226,7 @@ class Turns:
         place = self.chat.place(other)
         self._screen.say(f"branch {place.number} of {place.count}")
         if (widget := self._widget(other)) is not None:
-            widget.focus()
+            self._screen.set_focus(widget)
 
     # ---- the chat as a whole -------------------------------------------------------------------
 
@@ -258,7 +258,7 @@ class Turns:
             if node in chat.path[: self._first]:
                 await self.earlier(chat.path.index(node))
             if (widget := self._widget(node)) is not None:
-                widget.focus()
+                self._screen.set_focus(widget)
 
     async def earlier(self, first: int | None = None) -> None:
         """Show more of the beginning."""
