@@ -10,6 +10,7 @@ import gc
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from textual.app import App, SystemCommand
@@ -66,15 +67,31 @@ class MimoApp(App[None]):
         *,
         open_history: OpenHistory | None = None,
         save: bool = True,
+        theme_file: Path | None = None,
     ) -> None:
-        """`open_history`: the saved chats; `save`: whether those of this window are added."""
+        """`open_history`: the saved chats; `save`: whether those of this window are added.
+
+        `theme_file` remembers the theme chosen in the palette.
+        """
         super().__init__()
         self.register_theme(THEME)
+        self._theme_file: Path | None = None
         if "TEXTUAL_THEME" not in os.environ:
-            self.theme = THEME.name
+            chosen = _read_line(theme_file)
+            self.theme = chosen if chosen in self.available_themes else THEME.name
+        self._theme_file = theme_file
         self.chat_screen = ChatScreen(
             engine_factory, defaults or ChatDefaults(), open_history, save
         )
+
+    def watch_theme(self, theme: str) -> None:
+        """Remember it; a folder that cannot be written costs no more than the memory."""
+        if self._theme_file is not None and self.is_running:
+            try:
+                self._theme_file.parent.mkdir(parents=True, exist_ok=True)
+                self._theme_file.write_text(f"{theme}\n", encoding="utf-8")
+            except OSError as error:
+                self.notify(f"the theme is not remembered: {error.strerror or error}", markup=False)
 
     def on_mount(self) -> None:
         """Show the chat at once; the load starts when its screen is there."""
@@ -108,6 +125,14 @@ class MimoApp(App[None]):
         yield from super().get_system_commands(screen)
 
 
+def _read_line(path: Path | None) -> str:
+    """What a file of one line says; nothing where it cannot be read."""
+    try:
+        return "" if path is None else path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
 def calm_memory() -> None:
     """Let the garbage collector look at new objects only.
 
@@ -138,7 +163,13 @@ def run(settings: Settings, chat_defaults: ChatDefaults | None = None) -> int:
 
     # A saved chat that was asked for is read even where this one is not to be kept.
     wanted = settings.history or start.chat_id is not None
-    app = MimoApp(load, start, open_history=history if wanted else None, save=settings.history)
+    app = MimoApp(
+        load,
+        start,
+        open_history=history if wanted else None,
+        save=settings.history,
+        theme_file=Paths.default().data_dir / "theme",
+    )
     try:
         app.run()
     finally:

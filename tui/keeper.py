@@ -249,7 +249,11 @@ def _rows(history: History, text: str) -> tuple[ChatRow, ...]:
     if not text.strip():
         found = history.chats(LISTED)
         return tuple(ChatRow(c.id, c.title, c.updated, c.n_messages) for c in found)
+    hits = history.search(text, LISTED)
+    # A title is made of the first question: where a message was found, its title says nothing new.
+    inside = {h.chat.id for h in hits if h.message_id is not None}
     return tuple(
         ChatRow(h.chat.id, h.chat.title, h.chat.updated, h.chat.n_messages, h.snippet, h.message_id)
-        for h in history.search(text, LISTED)
+        for h in hits
+        if h.message_id is not None or h.chat.id not in inside
     )

@@ -9,6 +9,7 @@ from stage import LARGE, SMALL, chunks, staged
 from mimo_local.errors import ContextOverflowError
 from tui.messages import Wish
 from tui.widgets.answer import Answer, Thinking
+from tui.widgets.flow import Block
 from tui.widgets.spoken import Spoken
 from tui.widgets.transcript import UserMessage
 
@@ -173,6 +174,24 @@ async def test_clicks_do_what_keys_do() -> None:
         answer = stage.screen.query_one(Answer)
         await stage.pilot.click(answer)
         assert stage.app.focused is answer
+
+
+async def test_text_of_an_answer_can_be_selected_and_copied() -> None:
+    async with staged(FakeEngine(chunks("# Head\n\n- **one** thing\n- two\n"))) as stage:
+        await stage.ask("go")
+        answer = stage.screen.query_one(Answer)
+        first, last = answer.query(Block).first().region, answer.query(Block).last().region
+        await stage.pilot.mouse_down(offset=(first.x, first.y))
+        await stage.pilot.hover(offset=(last.x + 3, last.y))
+        await stage.pilot.hover(offset=(last.x + 4, last.y))
+        await stage.pilot.mouse_up(offset=(last.x + 4, last.y))
+        selected = stage.screen.get_selected_text()
+        assert selected is not None
+        assert selected.splitlines()[0] == "Head"
+        assert "• on" in selected
+        assert "**" not in selected
+        await stage.pilot.press("ctrl+c")
+        assert stage.app.clipboard == selected
 
 
 async def test_thinking_of_another_branch_keeps_its_figures() -> None:

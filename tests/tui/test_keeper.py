@@ -83,8 +83,9 @@ def test_a_chat_is_saved_message_by_message_and_opened_again(desk: Desk) -> None
     assert opened.messages[1].model == "model-x"
     assert opened.branch == tuple(s.id for s in opened.messages)
     desk.keeper.find("tid")
-    row = desk.wait_for(Found, 2).rows[0]
+    (row,) = desk.wait_for(Found, 2).rows
     assert row.chat == chat.saved
+    assert row.message is not None, "not its title as well"
     assert "\x02tid" in row.snippet
 
 

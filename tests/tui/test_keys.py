@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
+from pathlib import Path
 
 from fakes import FakeEngine
 from stage import staged
@@ -69,6 +71,21 @@ def test_every_binding_is_on_the_help_page() -> None:
 def test_the_help_page_promises_nothing_that_is_not_there() -> None:
     extra = promised() - set(bound()) - TEXTUALS - {"shift+enter"}
     assert not extra
+
+
+async def test_the_chosen_theme_is_there_again(tmp_path: Path) -> None:
+    file = tmp_path / "data" / "theme"
+    for before, choice in (("mimo", "nord"), ("nord", "ansi-dark"), ("ansi-dark", "mimo")):
+        app = MimoApp(lambda on_event: FakeEngine(), theme_file=file)
+        async with app.run_test() as pilot:
+            assert app.theme == before
+            app.theme = choice
+            await pilot.pause()
+        await asyncio.to_thread(app.close)
+    file.write_text("no-such-theme")
+    assert MimoApp(lambda on_event: FakeEngine(), theme_file=file).theme == "mimo"
+    file.write_bytes(b"\xff")
+    assert MimoApp(lambda on_event: FakeEngine(), theme_file=file).theme == "mimo"
 
 
 async def test_the_palette_has_every_command() -> None:

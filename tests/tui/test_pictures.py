@@ -84,7 +84,7 @@ def test_the_list_of_chats(snap_compare, tmp_path: Path, size, typed: str) -> No
         options = pilot.app.screen.query_one(ChatOptions)
         await settle(pilot, lambda: len(options.rows) == 5)
         await pilot.press(*typed)
-        await settle(pilot, lambda: not typed or len(options.rows) == 2)
+        await settle(pilot, lambda: not typed or len(options.rows) == 1)
         pilot.app.screen.query_one("#chat-search").cursor_blink = False
         await pilot.pause(0.1)
 
