@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from datetime import date
 
 from mimo_local.chat import Attachment, Chat, Message
 from mimo_local.events import Stats
@@ -45,6 +46,8 @@ class Conversation:
 
     def __init__(self, *, system: str = "", preset: str = "chat", thinking: bool = False) -> None:
         self.system, self.preset, self.thinking = system, preset, thinking
+        self.began = date.today()
+        """The day the model is told, for as long as the chat lasts."""
         self.title = ""
         self.saved: int | None = None
         """Its id in the history; set by the keeper alone."""
@@ -81,7 +84,7 @@ class Conversation:
                 said.append(node.message)
             if node is until:
                 break
-        return Chat(said, self.system, self.preset, self.thinking)
+        return Chat(said, self.system, self.preset, self.thinking, began=self.began)
 
     def say(self, text: str, attachments: Sequence[Attachment] = ()) -> Node:
         """A question at the end of the shown branch."""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from datetime import date
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -64,12 +65,14 @@ def test_a_dropped_turn_leaves_the_branch_before_it() -> None:
 def test_what_the_engine_is_asked_alternates() -> None:
     """After a failure a question may stand there without an answer."""
     chat = Conversation(system="s", preset="math", thinking=True)
+    chat.began = date(2026, 1, 2)
     chat.say("no answer came")
     asked = chat.say("second try")
     room = chat.answer(asked)
     now = chat.chat(asked)
     assert [m.content for m in now.messages] == ["second try"]
     assert (now.system, now.preset, now.thinking) == ("s", "math", True)
+    assert now.began == date(2026, 1, 2)
     assert chat.chat(room).messages[-1].role == "user", "an empty answer is none"
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from typing import TYPE_CHECKING
 
 from mimo_local.chat import Attachment, Message
@@ -247,6 +248,7 @@ class Turns:
         info = opened.info
         chat = Conversation(system=info.system, preset=info.preset, thinking=info.thinking)
         chat.saved, chat.title = info.id, info.title
+        chat.began = date.fromtimestamp(info.created)
         for stored in opened.messages:
             chat.restore(stored.id, stored.parent, stored.message, stored.stats)
         wanted = opened.message if opened.message is not None else (opened.branch or (0,))[-1]
