@@ -1,6 +1,6 @@
-"""Messages, presets, and the split of a stream into thinking and answer.
+"""Messages, presets, and asking: a conversation in, the parts of an answer out.
 
-Knows people's words and a model's `<think>` markup; knows no tensors, no cache and no screen.
+Knows people's words; knows no markup, no tensors, no cache and no screen.
 Called by cli, tui, summarize and api. Which control tokens a turn needs is the template's affair.
 """
 
@@ -13,13 +13,20 @@ from datetime import date
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias
 
+from mimo_local.answer_parts import Part, Piece, Splitter
 from mimo_local.errors import UsageError
 from mimo_local.events import Done, Failed, Prefill, Token
 from mimo_local.sampler import SamplingParams
+from mimo_local.tool_calls import ToolCall, as_text, description
 
 if TYPE_CHECKING:
     from mimo_local.engine import Engine, Session
     from mimo_local.remote import Remote
+
+__all__ = [
+    "PRESETS", "Attachment", "Chat", "Message", "Piece", "Preset", "Reply", "Role", "Splitter",
+    "ToolCall", "ask", "is_mimo", "mimo_system", "preset",
+]  # fmt: skip
 
 Backend: TypeAlias = "Engine | Remote"
 """What answers: a model here, or one behind an address."""
@@ -80,6 +87,9 @@ class TokenizerLike(Protocol):
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids."""
 
+    def template_says(self, text: str) -> bool:
+        """Whether the chat template contains a text."""
+
     def render_chat(
         self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = True, **kw: Any
     ) -> list[int]:
@@ -92,15 +102,6 @@ class Attachment:
 
     name: str
     text: str
-
-
-@dataclass(frozen=True, slots=True)
-class ToolCall:
-    """A function the model wants called. `arguments`: a JSON object as text."""
-
-    id: str
-    name: str
-    arguments: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,14 +144,26 @@ class Chat:
 
         Both template switches are always given: their defaults differ between releases. Earlier
         thinking is left out, as the model was trained, except with tools: there it is wanted back.
+        A template that knows no tools gets them, and earlier calls, as text.
         """
+        messages = self._entries(_entry, is_mimo(tokenizer))
+        uses_tools = self.tools or any(message.tool_calls for message in self.messages)
+        own_words = uses_tools and not tokenizer.template_says("tools")
+        if own_words:
+            messages = _tools_as_text(messages, self)
         return tokenizer.render_chat(
-            self._entries(_entry, is_mimo(tokenizer)),
+            messages,
             add_generation_prompt=True,
             enable_thinking=self.thinking,
             keep_all_reasoning=bool(self.tools),
-            **({"tools": list(self.tools)} if self.tools else {}),
+            **({"tools": list(self.tools)} if self.tools and not own_words else {}),
         )
+
+    def splitter(self, tokenizer: TokenizerLike, ids: Sequence[int]) -> Splitter:
+        """For the stream that continues `ids`, which `render` has made."""
+        # Some templates open the thinking themselves; the stream then begins inside it.
+        opened = tokenizer.decode(ids[-8:]).rstrip().endswith(Splitter.OPEN)
+        return Splitter(opened=opened, tools=self.tools)
 
     def wire(self, *, mimo: bool) -> list[dict[str, Any]]:
         """The messages in OpenAI's form, for a server that renders them: else like `render`."""
@@ -164,6 +177,26 @@ class Chat:
         if system and not any(message.role == "system" for message in self.messages):
             messages.append({"role": "system", "content": system})
         return messages + [entry(message) for message in self.messages]
+
+
+def _tools_as_text(entries: Sequence[dict[str, Any]], chat: Chat) -> list[dict[str, Any]]:
+    """Entries for a template without tools: declared in the system prompt, calls in the content."""
+    calls = iter([message.tool_calls for message in chat.messages])
+    skip = len(entries) - len(chat.messages)  # a system prompt of ours has no message
+    made = []
+    for n, given in enumerate(entries):
+        entry = {key: value for key, value in given.items() if key != "tool_calls"}
+        written = as_text(next(calls) if n >= skip else ())
+        entry["content"] = "\n".join(part for part in (entry["content"], written) if part)
+        made.append(entry)
+    if chat.tools:
+        system = made.pop(0)["content"] + "\n\n" if made[:1] and _is_system(made[0]) else ""
+        made.insert(0, {"role": "system", "content": system + description(chat.tools)})
+    return made
+
+
+def _is_system(entry: dict[str, Any]) -> bool:
+    return bool(entry["role"] == "system")
 
 
 def _entry(message: Message) -> dict[str, Any]:
@@ -225,91 +258,11 @@ class _EnglishDate:
 _DATE: Final = _EnglishDate()
 
 
-# ---- thinking and answer -------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Some text of an answer, and which part of it."""
-
-    kind: Literal["thinking", "answer"]
-    text: str
-
-
-class Splitter:
-    """Splits a stream at `<think>...</think>`; no part of a tag ever comes out.
-
-    Only a stream that begins with `<think>` (or whose prompt ended with one: `opened`) thinks; a
-    tag later on is ordinary text. Space around the thinking is dropped, and so is empty thinking.
-    """
-
-    OPEN: Final = "<think>"
-    CLOSE: Final = "</think>"
-
-    def __init__(self, *, opened: bool = False) -> None:
-        self._state: Literal["start", "thinking", "answer"] = "thinking" if opened else "start"
-        self._held = ""
-        self._trim = opened
-        """Drop space until the next text: after either tag."""
-
-    def push(self, text: str) -> list[Piece]:
-        """The pieces that are certain now."""
-        self._held += text
-        pieces: list[Piece] = []
-        if self._state == "start":
-            self._begin()
-        if self._state == "thinking":
-            body, close, rest = self._held.partition(self.CLOSE)
-            if not close:
-                body = body[: len(body) - _tail(body, self.CLOSE)]
-            # Space at the end waits: the closing tag may follow, and it goes with the tag.
-            body = body.rstrip()
-            pieces += self._pieces(body)
-            self._held = rest if close else self._held[len(body) :]
-            if close:
-                self._state, self._trim = "answer", True
-        if self._state == "answer":
-            pieces += self._pieces(self._held)
-            self._held = ""
-        return pieces
-
-    def flush(self) -> list[Piece]:
-        """End of the stream: what was held back."""
-        text, self._held = self._held, ""
-        if self._state == "thinking":
-            return self._pieces(text.rstrip())
-        self._state = "answer"
-        return self._pieces(text)
-
-    def _begin(self) -> None:
-        """Leave the start as soon as the first text is known to be the tag or not."""
-        text = self._held.lstrip()
-        if text.startswith(self.OPEN):
-            self._held = text[len(self.OPEN) :]
-            self._state, self._trim = "thinking", True
-        elif text and not self.OPEN.startswith(text):
-            self._state = "answer"
-
-    def _pieces(self, text: str) -> list[Piece]:
-        """No piece or one, of the present state."""
-        if self._trim:
-            text = text.lstrip()
-        if not text:
-            return []
-        self._trim = False
-        return [Piece("thinking" if self._state == "thinking" else "answer", text)]
-
-
-def _tail(text: str, tag: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `tag`."""
-    return next((n for n in range(len(tag) - 1, 0, -1) if text.endswith(tag[:n])), 0)
-
-
 # ---- asking --------------------------------------------------------------------------------------
 
 
 class Reply:
-    """One answer being made: iterate it for Prefill, Piece, then Done or Failed."""
+    """One answer being made: iterate it for Prefill, Piece and ToolCall, then Done or Failed."""
 
     def __init__(
         self,
@@ -323,6 +276,7 @@ class Reply:
 
         self.text = ""
         self.reasoning = ""
+        self.calls: list[ToolCall] = []
         self._chat = chat
         self._splitter = Splitter()
         if isinstance(engine, Remote):
@@ -339,9 +293,7 @@ class Reply:
             )
         else:
             ids = chat.render(engine.tokenizer)
-            # Some templates open the thinking themselves; the stream then begins inside it.
-            opened = engine.tokenizer.decode(ids[-8:]).rstrip().endswith(Splitter.OPEN)
-            self._splitter = Splitter(opened=opened)
+            self._splitter = chat.splitter(engine.tokenizer, ids)
             self._stream = engine.submit(session, ids, params, stop=stop)
         self._events = self._run()
 
@@ -349,13 +301,13 @@ class Reply:
         """Stop within one step; what was made is kept."""
         self._stream.cancel()
 
-    def __iter__(self) -> Iterator[Piece | Prefill | Done | Failed]:
+    def __iter__(self) -> Iterator[Part | Prefill | Done | Failed]:
         return self
 
-    def __next__(self) -> Piece | Prefill | Done | Failed:
+    def __next__(self) -> Part | Prefill | Done | Failed:
         return next(self._events)
 
-    def _run(self) -> Iterator[Piece | Prefill | Done | Failed]:
+    def _run(self) -> Iterator[Part | Prefill | Done | Failed]:
         try:
             for event in self._stream:
                 if isinstance(event, Token):
@@ -363,18 +315,23 @@ class Reply:
                     continue
                 if isinstance(event, Done):
                     yield from self._keep(self._splitter.flush())
-                    self._chat.messages.append(Message("assistant", self.text, self.reasoning))
+                    answer = Message(
+                        "assistant", self.text, self.reasoning, tool_calls=tuple(self.calls)
+                    )
+                    self._chat.messages.append(answer)
                 yield event
         finally:
             self._stream.cancel()  # a reader that leaves early must not leave the engine busy
 
-    def _keep(self, pieces: list[Piece]) -> list[Piece]:
-        for piece in pieces:
-            if piece.kind == "thinking":
-                self.reasoning += piece.text
+    def _keep(self, parts: list[Part]) -> list[Part]:
+        for part in parts:
+            if isinstance(part, ToolCall):
+                self.calls.append(part)
+            elif part.kind == "thinking":
+                self.reasoning += part.text
             else:
-                self.text += piece.text
-        return pieces
+                self.text += part.text
+        return parts
 
 
 def ask(

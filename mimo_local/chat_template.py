@@ -58,6 +58,10 @@ class ChatTemplate:
         self._tails = {t[n:] for t in tokens for n in range(1, len(t))}
         self._compiled: dict[str, jinja2.Template] = {}
 
+    def says(self, text: str) -> bool:
+        """Whether any of the templates contains `text`."""
+        return any(text in template for template in self._templates.values())
+
     def render(
         self, messages: Sequence[Mapping[str, Any]], generation: bool, options: Mapping[str, Any]
     ) -> list[tuple[str, bool]]:

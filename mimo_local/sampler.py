@@ -1,6 +1,6 @@
 """From logits to one id: pure filters, and a draw whose random number is keyed by (seed, position).
 
-Order, the field's usual one: repetition penalty, temperature, top-k, top-p, min-p, draw. Knows
+Order, the field's usual one: penalties, temperature, top-k, top-p, min-p, draw. Knows
 nothing of models, caches or text; `generate` calls it. It imports no torch: tensors bring their
 methods, so that parameters cost the command line nothing.
 """
@@ -40,6 +40,10 @@ class SamplingParams:
     """None: `Sampler` chooses one and reports it in its own `params`."""
     max_tokens: int = 512
     """Longest answer in ids."""
+    presence_penalty: float = 0.0
+    """Taken from the logit of every id already in the answer."""
+    frequency_penalty: float = 0.0
+    """Taken from it once more for each time the id is there."""
 
     def __post_init__(self) -> None:
         rules = (
@@ -50,6 +54,8 @@ class SamplingParams:
             ("repetition_penalty", 0 < self.repetition_penalty <= 100, "above 0, up to 100"),
             ("seed", self.seed is None or 0 <= self.seed <= MAX_SEED, "from 0 to 2^63 - 1"),
             ("max_tokens", self.max_tokens >= 1, "1 or more"),
+            ("presence_penalty", -2 <= self.presence_penalty <= 2, "from -2 to 2"),
+            ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "from -2 to 2"),
         )
         for name, ok, wanted in rules:
             if not ok:
@@ -80,6 +86,8 @@ class Sampler:
         """Draw the id for `position` from logits (V,) f32; `recent_ids`: the answer's."""
         params = self.params
         logits = repetition_penalty(logits, recent_ids, params.repetition_penalty)
+        counted = params.presence_penalty, params.frequency_penalty
+        logits = counted_penalties(logits, recent_ids, *counted)
         _require_finite(float(logits.max()))  # the maximum is NaN if any logit is
         if params.temperature == 0:
             return int(logits.argmax())
@@ -115,6 +123,17 @@ def repetition_penalty(logits: Tensor, ids: Sequence[int] | Tensor, penalty: flo
     seen = logits[index]
     # An id that occurs twice writes the same value twice, so no de-duplication is needed.
     return logits.index_put((index,), (seen / penalty).where(seen > 0, seen * penalty))
+
+
+def counted_penalties(
+    logits: Tensor, ids: Sequence[int] | Tensor, presence: float, frequency: float
+) -> Tensor:
+    """Logits (V,) minus `presence` for each of `ids`, and `frequency` for each time it occurs."""
+    if (presence == 0 and frequency == 0) or len(ids) == 0:
+        return logits
+    index = logits[:0].long().new_tensor(ids) if isinstance(ids, Sequence) else ids
+    distinct, counts = index.unique(return_counts=True)  # type: ignore[no-untyped-call]
+    return logits.index_add(0, distinct, -(presence + frequency * counts).to(logits.dtype))
 
 
 def candidates(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:

@@ -199,6 +199,8 @@ class Settings:
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
     max_tokens: int | None = None
     seed: int | None = None
     system: str | None = None
@@ -297,6 +299,14 @@ _RULES: Final[dict[str, tuple[Callable[[Any], Any], str]]] = {
     "repetition_penalty": (
         _number(0, 100, above=True),
         "above 1 disfavours tokens already in the answer; unset: the preset's",
+    ),
+    "presence_penalty": (
+        _number(-2, 2),
+        "above 0 disfavours tokens already in the answer, once; unset: 0",
+    ),
+    "frequency_penalty": (
+        _number(-2, 2),
+        "the same for each time a token is there; unset: 0",
     ),
     "max_tokens": (_integer(1), "longest answer in tokens; unset: the preset's"),
     "seed": (

@@ -115,9 +115,9 @@ class Tokenizer:
 
     def stream(self, *, special: bool = False) -> StreamDecoder:
         """Decode id by id."""
-        return StreamDecoder(self._bytes_of, frozenset() if special else self._hidden)
+        return StreamDecoder(self.bytes_of, frozenset() if special else self._hidden)
 
-    def _bytes_of(self, token: int) -> bytes:
+    def bytes_of(self, token: int) -> bytes:
         """The bytes an id stands for, looked up on first use: all 152k at once take 0.5 s."""
         found = self._bytes.get(token)
         if found is None:
@@ -128,6 +128,15 @@ class Tokenizer:
     def token_id(self, text: str) -> int | None:
         """Id of an added token such as `<|im_end|>`, or None."""
         return self._ids.get(text)
+
+    @property
+    def control_ids(self) -> frozenset[int]:
+        """Ids that are no text of an answer: they end it, or are never shown."""
+        return self._hidden | set(self.stop_ids)
+
+    def template_says(self, text: str) -> bool:
+        """Whether the chat template contains a text: `tools`, for one that knows of tools."""
+        return self._chat.says(text)
 
     def render_chat(
         self,

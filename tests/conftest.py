@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from demo_fixtures import (  # noqa: F401  (fixtures)
     demo_source,
 )
 
+sys.path.append(str(Path(__file__).parent / "server"))  # its helpers, for bench scripts' tests too
 GOLDEN = Path(__file__).parent / "golden"
 
 

@@ -45,8 +45,16 @@ class FakeTokenizer:
     stop_ids: tuple[int, ...] = (0,)
     vocab_size = 0x110000
 
+    control_ids = frozenset((0,))
+
     def token_id(self, text: str) -> int | None:
         return None
+
+    def bytes_of(self, token: int) -> bytes:
+        return chr(token).encode() if token else b""
+
+    def template_says(self, text: str) -> bool:
+        return text == "tools"
 
     def encode(self, text: str) -> list[int]:
         return [ord(c) for c in text]
@@ -153,7 +161,12 @@ class FakeStream:
             if self._cancelled.wait(self._engine.delay_s):
                 break
             sent += 1
-            yield Token(ord(chunk[-1]) if chunk else 0, chunk)
+            token, logprobs = ord(chunk[-1]) if chunk else 0, request.logprobs
+            if logprobs is None:
+                yield Token(token, chunk)
+            else:
+                top = tuple((token + n, -0.5 - n) for n in range(logprobs))
+                yield Token(token, chunk, -0.5, top)
             request.session.ids.extend(ord(c) for c in chunk)
         if answer.hold:
             self._cancelled.wait()

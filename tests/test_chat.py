@@ -15,7 +15,17 @@ from fakes import FakeEngine, FakeTokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mimo_local.chat import PRESETS, Chat, Message, Piece, Splitter, ask, mimo_system, preset
+from mimo_local.chat import (
+    PRESETS,
+    Chat,
+    Message,
+    Piece,
+    Splitter,
+    ToolCall,
+    ask,
+    mimo_system,
+    preset,
+)  # fmt: skip
 from mimo_local.errors import MimoError, UsageError
 from mimo_local.events import Done, Failed, Prefill
 from mimo_local.sampler import SamplingParams
@@ -292,3 +302,62 @@ def test_importing_chat_is_light() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# ---- tools ---------------------------------------------------------------------------------------
+
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+CALL = '<tool_call>{"name": "look", "arguments": {"at": "it"}}</tool_call>'
+
+
+def test_calls_are_told_and_kept() -> None:
+    engine = FakeEngine(["I look. ", CALL[:20], CALL[20:]])
+    chat = Chat([Message("user", "hi")], tools=(TOOL,))
+    told = [event for event in ask(engine, None, chat) if isinstance(event, (Piece, ToolCall))]
+    call = told[-1]
+    assert isinstance(call, ToolCall) and (call.name, call.arguments) == ("look", '{"at": "it"}')
+    assert chat.messages[-1] == Message("assistant", "I look.", tool_calls=(call,))
+    chat.messages.append(Message("tool", "it is red", tool_call_id=call.id))
+    engine.queue("Red.")
+    list(ask(engine, None, chat))
+    assert chat.messages[-1] == Message("assistant", "Red.")
+
+
+def test_without_tools_a_call_is_just_text() -> None:
+    chat = Chat([Message("user", "hi")])
+    list(ask(FakeEngine([CALL]), None, chat))
+    assert chat.messages[-1] == Message("assistant", CALL)
+
+
+class Plain(Recorder):
+    """Its template knows nothing of tools."""
+
+    def template_says(self, text: str) -> bool:
+        return False
+
+
+def test_a_template_without_tools_gets_them_as_text() -> None:
+    tokenizer = Plain()
+    calls = (ToolCall("1", "look", '{"at": "it"}'), ToolCall("2", "look", "{}"))
+    turns = [
+        Message("user", "hi"),
+        Message("assistant", "Yes.", tool_calls=calls),
+        Message("tool", "red", tool_call_id="1"),
+    ]
+    Chat(list(turns), system="Be brief.", tools=(TOOL,)).render(tokenizer)
+    system, user, assistant, tool = tokenizer.seen["messages"]
+    assert "tools" not in tokenizer.seen
+    assert system["content"].startswith("Be brief.\n\n") and '"look"' in system["content"]
+    assert (user["content"], tool["content"]) == ("hi", "red")
+    assert assistant["content"].startswith("Yes.\n<tool_call>") and "tool_calls" not in assistant
+    assert assistant["content"].count("<tool_call>") == 2
+    Chat(list(turns), tools=(TOOL,)).render(tokenizer)
+    assert [m["role"] for m in tokenizer.seen["messages"]][:2] == ["system", "user"]
+    own = Message("system", "Mine.")
+    Chat([own, *turns], tools=(TOOL,)).render(tokenizer)
+    assert tokenizer.seen["messages"][0]["content"].startswith("Mine.\n\n")
+    assert len(tokenizer.seen["messages"]) == 4
+    # Earlier calls are told though there are no tools any more.
+    Chat(list(turns)).render(tokenizer)
+    assert "<tool_call>" in tokenizer.seen["messages"][1]["content"]
+    assert tokenizer.seen["messages"][0]["role"] == "user"

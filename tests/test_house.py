@@ -122,6 +122,8 @@ def test_the_readme_maps_exactly_the_files_that_exist() -> None:
         ("import mimo_local.settings, mimo_local.chat, mimo_local.events", "torch numpy textual"),
         ("import mimo_local.documents, mimo_local.hardware", "torch numpy textual"),
         ("import tui.app", "torch numpy"),
+        ("import mimo_local.cli.serve", "torch numpy starlette uvicorn pydantic llguidance"),
+        ("import mimo_local.server.app, mimo_local.grammar", "torch numpy llguidance"),
         ("import mimo_local.kernels", "torch numpy"),
     ],
 )

@@ -254,7 +254,7 @@ def test_fields_that_are_not_openais_are_sent_when_they_mean_something(
 def test_every_sampling_parameter_reaches_the_server() -> None:
     from dataclasses import fields
 
-    params = SamplingParams(0.1, 0.2, 3, 0.4, 1.5, 6, 7)
+    params = SamplingParams(0.1, 0.2, 3, 0.4, 1.5, 6, 7, 0.8, 0.9)
     body = requests.body("m", [], params, thinking=False)
     for field in fields(SamplingParams):
         assert body[field.name] == getattr(params, field.name)

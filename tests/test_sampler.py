@@ -26,6 +26,7 @@ from mimo_local.sampler import (
     Sampler,
     SamplingParams,
     candidates,
+    counted_penalties,
     nucleus,
     repetition_penalty,
     uniform,
@@ -183,6 +184,18 @@ def test_logits_that_are_no_numbers_are_an_error(bad: float, temperature: float)
         Sampler(SamplingParams(seed=0)).draw(torch.full((9,), -math.inf), 0)
 
 
+def test_presence_counts_once_and_frequency_every_time() -> None:
+    logits = torch.tensor([1.0, 2.0, 3.0, -4.0])
+    want = torch.tensor([1.0 - 0.5 - 3 * 0.25, 2.0, 3.0, -4.0 - 0.5 - 0.25])
+    assert torch.equal(counted_penalties(logits, [0, 3, 0, 0], 0.5, 0.25), want)
+    assert torch.equal(counted_penalties(logits, torch.tensor([0, 3, 0, 0]), 0.5, 0.25), want)
+    assert counted_penalties(logits, [0], 0.0, 0.0) is logits
+    assert counted_penalties(logits, [], 0.5, 0.5) is logits
+    params = SamplingParams(temperature=0, frequency_penalty=2)
+    assert Sampler(params).draw(torch.tensor([1.5, 3.0]), 0, [1]) == 0
+    assert Sampler(params).draw(torch.tensor([0.5, 3.0]), 0, [1]) == 1
+
+
 @pytest.mark.parametrize(
     "bad",
     [
@@ -197,6 +210,8 @@ def test_logits_that_are_no_numbers_are_an_error(bad: float, temperature: float)
         {"seed": -1},
         {"seed": MAX_SEED + 1},
         {"max_tokens": 0},
+        {"presence_penalty": 2.1},
+        {"frequency_penalty": math.nan},
     ],
 )
 def test_impossible_parameters_name_themselves(bad: dict[str, float]) -> None:

@@ -25,6 +25,7 @@ from mimo_local.cli import (
     plan,
     replay,
     run,
+    serve,
     sessions,
     summarize,
     trace,
@@ -67,6 +68,7 @@ def top(
 
 app.command(name="chat")(chat.chat)
 app.command(name="summarize")(summarize.summarize)
+app.command(name="serve")(serve.serve)
 app.command(name="run")(run.run)
 app.command(name="quantize")(packs.quantize)
 app.command(name="verify")(packs.verify)

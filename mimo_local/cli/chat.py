@@ -49,6 +49,8 @@ TopP = Annotated[float | None, option("top_p", metavar="X")]
 TopK = Annotated[int | None, option("top_k", metavar="N")]
 MinP = Annotated[float | None, option("min_p", metavar="X")]
 Penalty = Annotated[float | None, option("repetition_penalty", metavar="X")]
+Presence = Annotated[float | None, option("presence_penalty", metavar="X")]
+Frequency = Annotated[float | None, option("frequency_penalty", metavar="X")]
 System = Annotated[str | None, option("system", "-s", "--system", metavar="TEXT")]
 Think = Annotated[bool | None, typer.Option("--think/--no-think", help=describe("think"))]
 Stats = Annotated[bool, typer.Option("--stats", help="print speeds and token counts on stderr")]
@@ -73,6 +75,8 @@ def chat(
     top_k: TopK = None,
     min_p: MinP = None,
     repetition_penalty: Penalty = None,
+    presence_penalty: Presence = None,
+    frequency_penalty: Frequency = None,
     max_tokens: MaxTokensOption = None,
     seed: SeedOption = None,
     system: System = None,

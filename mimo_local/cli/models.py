@@ -2,11 +2,12 @@
 
 Order: --model, MIMO_MODEL, config.toml (all three are `settings.model`), the first finished pack in
 the packs folder, the demo model. Says on stderr what it chose. `open_backend` asks the server of
-`settings.remote` instead. Used by chat, summarize and bench.
+`settings.remote` instead. Used by all commands that answer.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,6 +21,7 @@ from mimo_local.settings import Paths, Settings, describe
 if TYPE_CHECKING:
     from mimo_local.chat import Backend
     from mimo_local.engine import Engine
+    from mimo_local.events import Progress
 
 DEMO_NOTE = "demo model: SmolLM2-135M in MiMo-V2's architecture, not MiMo"
 
@@ -74,14 +76,20 @@ def demo_pack(*, variant: str = "swa", fmt: str = "int8", rebuild: bool = False)
         status.clear()
 
 
-def open_engine(settings: Settings) -> Engine:
-    """Choose and load the model, with progress on stderr; says what it is."""
+def open_engine(settings: Settings, tell: Callable[[Progress], None] | None = None) -> Engine:
+    """Choose and load the model, with progress on stderr (and to `tell`); says what it is."""
     chosen = choose(settings)
     from mimo_local.engine import Engine
 
     status = Status()
+
+    def on_event(progress: Progress) -> None:
+        status(progress)
+        if tell is not None:
+            tell(progress)
+
     try:
-        engine = Engine.load(chosen, status)
+        engine = Engine.load(chosen, on_event)
     finally:
         status.clear()
     say(engine.description)

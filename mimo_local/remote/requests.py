@@ -70,6 +70,10 @@ def body(
         found["min_p"] = params.min_p
     if params.repetition_penalty != 1:
         found["repetition_penalty"] = params.repetition_penalty
+    if params.presence_penalty:
+        found["presence_penalty"] = params.presence_penalty
+    if params.frequency_penalty:
+        found["frequency_penalty"] = params.frequency_penalty
     if wanted := [text for text in stop if text]:
         found["stop"] = wanted
     if tools:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from mimo_local.chat import Splitter
+from mimo_local.answer_parts import Splitter, answer_text
 from mimo_local.errors import CancelledError, ContextOverflowError
 from mimo_local.events import Done, Event, Failed, FinishReason, Prefill, Progress, Stats, Token
 from mimo_local.sampler import SamplingParams
@@ -207,7 +207,7 @@ class Runner:
                     )
                 elif isinstance(event, Token):
                     tokens += 1
-                    text += "".join(p.text for p in splitter.push(event.text) if p.kind == "answer")
+                    text += answer_text(splitter.push(event.text))
                     rate = f", {tokens / max(time.monotonic() - started, 1e-3):.1f} tokens/s"
                     left = max(0, expected - tokens)
                     self.meter.tell(writing + rate, len(ids) + tokens, (0, left))
@@ -219,7 +219,7 @@ class Runner:
         finally:
             if done is None:
                 stream.cancel()
-        text += "".join(p.text for p in splitter.flush() if p.kind == "answer")
+        text += answer_text(splitter.flush())
         if done is None or done.reason == "cancelled":
             raise self._stopped()
         self.stats.append(done.stats)
