@@ -232,24 +232,36 @@ def read_prompt(
 ) -> torch.Tensor:
     """Forward what the cache lacks of `ids` -> hidden (1, D) of the last one.
 
-    `end`: only so many of them now. CancelledError, UsageError, ContextOverflowError.
+    The last one goes alone, as it does when all others are in the cache already: so the same
+    prompt and seed give the same answer again. `end`: only so many ids now. CancelledError,
+    UsageError, ContextOverflowError.
     """
     _check(ids, cache, limit)
     cached, total = cache.length, len(ids)
+    first, last = (ids[cached:-1], ids[-1:]) if end is None else (ids[cached:end], list[int]())
     report = on_prefill or (lambda done, total: None)
     report(cached, total)
 
     def on_progress(progress: Progress) -> None:
-        report(cached + progress.done, total)
+        done = cached + progress.done
+        if done < total - 1:
+            report(done, total)
 
     if cancel():
         raise CancelledError("stopped before reading the prompt", hint="ask again")
-    new, draft = Segment(torch.tensor(ids[cached:end]), cache), cache.draft
-    if not isinstance(draft, DraftCache):
-        return model.prefill(new, on_progress=on_progress, cancel=cancel)[-1:]
-    # As many rows as drafting wants.
-    hidden = model.prefill(new, tail=draft.keep, on_progress=on_progress, cancel=cancel)
-    draft.add(hidden, cache.length)
+    hidden = torch.empty(0)
+    if first:
+        new, draft = Segment(torch.tensor(first), cache), cache.draft
+        if not isinstance(draft, DraftCache):
+            hidden = model.prefill(new, on_progress=on_progress, cancel=cancel)
+        else:  # as many rows as drafting wants
+            hidden = model.prefill(new, tail=draft.keep, on_progress=on_progress, cancel=cancel)
+            draft.add(hidden, cache.length)
+    if last:
+        if cancel():
+            raise CancelledError("stopped before the last token", hint="ask again")
+        (hidden,) = forward(model, [(cache, last)])
+        report(total, total)
     return hidden[-1:]
 
 

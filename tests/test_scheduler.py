@@ -238,7 +238,7 @@ def test_only_the_sequence_at_fault_fails() -> None:
             raise RuntimeError("row 33 hurts")
 
     with make(Hooked(hook)) as engine:
-        streams = [engine.submit(None, ids, params(30, 3)) for ids in (PROMPT, [1] * 34, [2] * 35)]
+        streams = [engine.submit(None, ids, params(30, 3)) for ids in (PROMPT, [1] * 36, [2] * 37)]
         ends = [list(stream) for stream in streams]
     assert isinstance(ends[0][-1], Failed)
     assert "row 33" in str(ends[0][-1].error)
@@ -363,6 +363,23 @@ def test_tiny_models_give_the_same_ids_in_company(tmp_path: Path, ram: str) -> N
         together = [list(stream) for stream in streams]
     assert [ids_of(events) for events in together] == alone
     assert all(len(ids) == 40 for ids in alone)
+
+
+@pytest.mark.parametrize("n", [2, 40, 300])
+def test_a_prompt_that_is_known_already_is_answered_as_the_first_time(
+    tmp_path: Path, n: int
+) -> None:
+    """Bit for bit: its last row goes through the model alone, whether others do before it or not."""
+    config = tiny.config("fsfs", "dmmm", experts=16, top_k=4, hidden=64, moe_intermediate=64)
+    convert(tiny.write(tmp_path / "m", config), tmp_path / "pack", Recipe.for_format("nf4"))
+    g = torch.Generator().manual_seed(n)
+    ids = torch.randint(0, config["vocab_size"], (n,), generator=g).tolist()
+    hot = params(40, 3, temperature=3.0, top_p=1.0)
+    with _all(tmp_path / "pack") as engine:
+        first, again = (list(engine.submit(None, ids, hot, logprobs=3)) for _ in range(2))
+    assert first[-1].stats.cached_tokens == 0  # type: ignore[union-attr]
+    assert again[-1].stats.cached_tokens == (n - 1 if n > 32 else 0)  # type: ignore[union-attr]
+    assert [e for e in first if isinstance(e, Token)] == [e for e in again if isinstance(e, Token)]
 
 
 def _all(pack: Path) -> Engine:
