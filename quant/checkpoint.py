@@ -236,6 +236,10 @@ class Checkpoint:
             found.update(s.file.path.name for s in (self._source(name), *scales, *own))
         return found
 
+    def files(self) -> list[TensorFile]:
+        """The safetensors files."""
+        return self._files
+
     def file_count(self) -> int:
         """How many safetensors files the checkpoint has."""
         return len(self._files)

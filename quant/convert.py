@@ -43,7 +43,7 @@ from quant.recipe import Recipe
 from quant.tensorfile import Scratch
 from quant.writer import MANIFEST, PART, PackWriter, Record
 
-__all__ = ["Recipe", "Supply", "checked_jobs", "convert", "copied", "plan_bytes"]
+__all__ = ["Recipe", "Supply", "check_target", "checked_jobs", "convert", "copied", "plan_bytes"]
 
 CHUNK = 1 << 23
 """Weights quantised at once: an expert's matrix, 32 MiB where it has to be widened first."""
@@ -86,7 +86,7 @@ def convert(
     head = _head(source, recipe, supply.identity if supply else source.fingerprint())
     if (target / MANIFEST).exists():
         return _finished(target, head)
-    _check_target(source.path, target)
+    check_target(source.path, target)
     meter = _Meter(source.nbytes, on_progress)
     writer = PackWriter(target)
     journal = Journal(target / JOURNAL, head)
@@ -94,7 +94,7 @@ def convert(
         done = _resumable(journal, target, jobs)
         _check_space(target, sum(job.nbytes() for job in jobs if job.file not in done))
         scratch = Scratch()
-        for job in supply.order(jobs) if supply else jobs:
+        for job in supply.order(jobs, done) if supply else jobs:
             if job.file in done:
                 meter.skip(sum(source.stored_bytes(name) for name in job.names()))
                 if supply:
@@ -123,8 +123,8 @@ class Supply(Protocol):
     identity: str
     """Says which checkpoint this is before all of it is here; a resumed run must find the same."""
 
-    def order(self, jobs: list[Job]) -> list[Job]:
-        """The same jobs in the order the files come."""
+    def order(self, jobs: list[Job], done: Iterable[str]) -> list[Job]:
+        """The same jobs in the order their files come; `done`: files of the pack that are there."""
 
     def need(self, job: Job) -> None:
         """Return when all the job reads is here."""
@@ -338,7 +338,7 @@ def _finished(target: Path, head: dict[str, Any]) -> Pack:
     return pack
 
 
-def _check_target(src: Path, target: Path) -> None:
+def check_target(src: Path, target: Path) -> None:
     """Refuse folders where a pack would mix with the source or with somebody's files."""
     source, real = src.resolve(), target.resolve()
     if real == source or source in real.parents or real in source.parents:
