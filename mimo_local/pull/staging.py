@@ -111,7 +111,7 @@ class Staging:
         It becomes a part with all its bytes, of which only the checksum is left to do.
         """
         path, part = self.folder / file.name, self.state / f"{file.name}.part"
-        with suppress(FileNotFoundError), writing(path, 0, 0):
+        with writing(path, 0, 0), suppress(FileNotFoundError):
             if not self.here(file) and path.stat().st_size == file.size:
                 path.replace(part)
                 log = written(file.identity, [(0, file.size)] if file.size else [])
