@@ -75,7 +75,9 @@ class HubServer:
         handler = type("Handler", (_Handler,), {"hub": self})
         self._server = _Server(("127.0.0.1", 0), handler)
         self.port = self._server.server_address[1]
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(0.02,), daemon=True
+        )
         self._thread.start()
 
     @property
@@ -197,8 +199,9 @@ class _Handler(BaseHTTPRequestHandler):
             at = int(query.get("cursor", ["0"])[0])
             entries = hub.entries()
             headers = {}
+            here = self.headers["Host"]
             if at + PAGE < len(entries):
-                headers["Link"] = f'<{hub.url}{path}?cursor={at + PAGE}>; rel="next"'
+                headers["Link"] = f'<http://{here}{path}?cursor={at + PAGE}>; rel="next"'
             self.answer(200, json.dumps(entries[at : at + PAGE]).encode(), headers)
 
     def resolve(self, asked: Asked, fault: Fault | None) -> None:

@@ -112,20 +112,13 @@ def _pull(options: Options, target: Path, tell: _Teller, *, dry_run: bool, yes: 
         with tell.status() as status:
             found = Pull.prepare(options, target, dry=dry_run, on_progress=status)
         try:
-            _notes(found, tell)
-            figures = _figures(found)
-            fit = _fit(found)
-            tell("plan", **figures, fits=fit.fits)
-            text = _text(found, figures, fit)
-            if dry_run and not tell.json:
-                print(text)
-            elif not tell.json:
-                say(text)
-            found.check_space()
+            try:
+                _agreed(found, tell, dry_run=dry_run, yes=yes)
+            except BaseException:
+                found.discard()
+                raise
             if dry_run:
                 return ExitCode.OK
-            if not yes:
-                _ask(fit)
             with tell.status() as status:
 
                 def shown(event: Progress) -> None:
@@ -137,6 +130,20 @@ def _pull(options: Options, target: Path, tell: _Teller, *, dry_run: bool, yes: 
             found.close()
     _finished(target, pack.nbytes, tell)
     return ExitCode.OK
+
+
+def _agreed(found: Pull, tell: _Teller, *, dry_run: bool, yes: bool) -> None:
+    """Show the plan; raises where there is no room, or nobody who wants it."""
+    _notes(found, tell)
+    figures = _figures(found)
+    fit = _fit(found)
+    tell("plan", **figures, fits=fit.fits)
+    if not tell.json:
+        text = _text(found, figures, fit)
+        print(text) if dry_run else say(text)
+    found.check_space()
+    if not dry_run and not yes:
+        _ask(fit)
 
 
 def _ask(fit: Plan) -> None:

@@ -21,7 +21,7 @@ from mimo_local.pull.staging import Staging
 CONNECTIONS: Final = 8
 BLOCK: Final = 32 << 20
 """Bytes of one request."""
-NOTE: Final = 8 << 20
+NOTE: Final = 16 << 20
 """Bytes after which a range is made durable and noted: what a kill can cost per connection."""
 
 

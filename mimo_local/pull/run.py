@@ -79,7 +79,7 @@ class Pull:
         """Find out all about it; unless `dry`, lock the staging folder and pin the commit."""
         staging = Staging(target.with_name(target.name + ".source"))
         check_target(staging.folder, target)
-        hub = None if options.offline else Hub()
+        hub, resumed = None if options.offline else Hub(), True
         try:
             if not dry:
                 staging.open()
@@ -87,6 +87,7 @@ class Pull:
                     _clear(staging, target)
             notes: list[str] = []
             known = None if dry and options.restart else staging.pinned()
+            resumed = known is not None
             snapshot = _pinned(known, options, staging, hub, notes)
             if not dry and known is None:
                 staging.pin(snapshot, options.revision or BRANCH)
@@ -95,11 +96,13 @@ class Pull:
             done = set() if dry and options.restart else finished(target, jobs)
             order = arrange(steps_of(remote, [job for job in jobs if job.file not in done]),
                             {file.name: file.size for file in remote.shards})  # fmt: skip
-            self = cls(options, target, staging, hub, remote, jobs, order, known is not None, notes)
+            self = cls(options, target, staging, hub, remote, jobs, order, resumed, notes)
             if options.offline:
                 self._check_offline()
             return self
         except BaseException:
+            if not dry and staging.locked and not resumed:
+                staging.clear(everything=True)  # nothing of worth is there yet
             staging.close()
             if hub:
                 hub.close()
@@ -201,6 +204,11 @@ class Pull:
         self.staging.clear(everything=not self.options.keep)
         self.close()
         return pack
+
+    def discard(self) -> None:
+        """Nobody wants it after all: what planning left goes, unless it was there before."""
+        if self.staging.locked and not self.resumed:
+            self.staging.clear(everything=True)
 
     def close(self) -> None:
         """Let go of lock and connections."""
