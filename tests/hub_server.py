@@ -70,7 +70,6 @@ class HubServer:
         """The only token that is let in, if any is asked for."""
         self.asked: list[Asked] = []
         self.fault: Callable[[Asked], Fault | None] = lambda _: None
-        self.sent = 0
         self._hashes: dict[str, str] = {}
         handler = type("Handler", (_Handler,), {"hub": self})
         self._server = _Server(("127.0.0.1", 0), handler)
@@ -220,27 +219,28 @@ class _Handler(BaseHTTPRequestHandler):
                 self.send_file(asked, fault)
 
     def send_file(self, asked: Asked, fault: Fault | None) -> None:
-        data = (self.hub.folder / asked.file).read_bytes()
-        total, status = len(data), 200
+        path = self.hub.folder / asked.file
+        total, status, begin, end = path.stat().st_size, 200, 0, path.stat().st_size
         if asked.stop is not None and not (fault and fault.whole):
             if asked.start >= total:
                 self.answer(416, b"", {"Content-Range": f"bytes */{total}"})
                 return
-            stop = min(asked.stop, total)
-            data, status = data[asked.start : stop], 206
-        if fault and fault.flip:
-            middle = len(data) // 2
-            data = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+            begin, end, status = asked.start, min(asked.stop, total), 206
         self.send_response(status)
         if status == 206:
-            last = asked.start + len(data) - 1
-            self.send_header("Content-Range", f"bytes {asked.start}-{last}/{total}")
-        self.send_header("Content-Length", str(len(data)))
+            self.send_header("Content-Range", f"bytes {begin}-{end - 1}/{total}")
+        self.send_header("Content-Length", str(end - begin))
         self.end_headers()
+        wrong = (begin + end) // 2 if fault and fault.flip else -1
         if fault and fault.cut is not None:
-            data = data[: fault.cut]
+            end = min(end, begin + fault.cut)
             self.close_connection = True
-        for at in range(0, len(data), 1 << 16):
-            self.wfile.write(data[at : at + (1 << 16)])
-            self.hub.sent += len(data[at : at + (1 << 16)])
+        with path.open("rb") as file:
+            file.seek(begin)
+            while begin < end:
+                data = bytearray(file.read(min(1 << 18, end - begin)))
+                if begin <= wrong < begin + len(data):
+                    data[wrong - begin] ^= 1
+                self.wfile.write(data)
+                begin += len(data)
         self.wfile.flush()

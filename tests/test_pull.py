@@ -27,7 +27,8 @@ from mimo_local.errors import (
 from mimo_local.events import Progress
 from mimo_local.pull import fetch, patience
 from mimo_local.pull.hub import Hub
-from mimo_local.pull.run import Options, Pull
+from mimo_local.pull.run import Options, Pull, already_there
+from mimo_local.pull.staging import Staging
 from quant.convert import convert
 from quant.pack import Pack
 from quant.recipe import Recipe
@@ -544,6 +545,45 @@ def test_somebodys_folder_is_not_written_to(hub: HubServer, tmp_path: Path) -> N
     with pytest.raises(UsageError, match="is not empty"):
         pull(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["pack"]
+
+
+def test_a_kill_in_the_very_last_moment_leaves_nothing_for_long(
+    hub: HubServer, tmp_path: Path, wanted: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Staging, "clear", lambda *_, **__: None)
+        pull(tmp_path)
+    (tmp_path / "pack" / "convert.journal").write_text("{}\n")
+    assert (tmp_path / "pack.source" / ".pull").is_dir()
+    assert already_there(tmp_path / "pack", OPTIONS.recipe) is not None
+    assert [p.name for p in tmp_path.iterdir()] == ["pack"]
+    assert hashes(tmp_path / "pack") == wanted
+    pull_again = already_there(tmp_path / "pack", OPTIONS.recipe)
+    assert pull_again is not None and pull_again.nbytes > 0
+
+
+def test_a_kept_source_is_never_tidied_away(hub: HubServer, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Staging, "clear", lambda *_, **__: None)
+        pull(tmp_path, replace(OPTIONS, keep=True))
+    already_there(tmp_path / "pack", OPTIONS.recipe)
+    kept = tmp_path / "pack.source"
+    assert len(list(kept.glob("*.safetensors"))) == 10 and not (kept / ".pull").exists()
+
+
+def test_waiting_for_a_server_is_told(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patience, "TOLD_S", 0.0)
+    hub.fault = shard_fault(Fault(status=503), times=2)
+    seen: list[Progress] = []
+    pull(tmp_path, seen=seen)
+    told: list[str] = []
+    hub.fault = lambda asked: Fault(status=500) if hub.asked.index(asked) == 0 else None
+    hub.asked.clear()
+    other = replace(OPTIONS, recipe=Recipe())
+    Pull.prepare(other, tmp_path / "other", on_wait=told.append).close()
+    assert told and "500; trying again in" in told[0]
 
 
 def test_ctrl_c_keeps_what_was_made(hub: HubServer, tmp_path: Path, wanted: dict[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -113,3 +114,26 @@ def test_the_table_makes_the_files_of_the_real_models_pack() -> None:
     config = json.loads(path.read_text())
     wanted = {file_of(name) for name in expected(config) | expected_mtp(config)}
     assert {f"{step.name}.safetensors" for step in real_table()[0]} == wanted
+
+
+RANGES = st.lists(st.tuples(st.integers(0, 40), st.integers(1, 10)), max_size=8)
+
+
+@given(RANGES, st.integers(0, 50), st.integers(0, 50))
+def test_ranges_are_sets_of_bytes(pairs: list[tuple[int, int]], start: int, stop: int) -> None:
+    from mimo_local.pull.ranges import gaps, merged, noted, written
+
+    ranges = [(a, a + n) for a, n in pairs]
+    bytes_of = {i for a, b in ranges for i in range(a, b)}
+    joined = merged(ranges)
+    assert {i for a, b in joined for i in range(a, b)} == bytes_of
+    assert all(b < c for (_, b), (c, _) in itertools.pairwise(joined))
+    missing = gaps(joined, start, stop)
+    assert [i for a, b in missing for i in range(a, b)] == sorted(
+        set(range(start, stop)) - bytes_of
+    )
+    text = written("file 50", joined)
+    assert noted(text, "file 50", 50) == joined
+    assert noted(text, "other 50", 50) == []
+    assert noted(text + "7 ", "file 50", 50) == joined, "a torn line"
+    assert noted(text + "7 9999\n", "file 50", 50) == joined, "beyond the file"

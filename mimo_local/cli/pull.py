@@ -110,7 +110,9 @@ def _pull(options: Options, target: Path, tell: _Teller, *, dry_run: bool, yes: 
         return ExitCode.OK
     with _stoppable():
         with tell.status() as status:
-            found = Pull.prepare(options, target, dry=dry_run, on_progress=status)
+            found = Pull.prepare(
+                options, target, dry=dry_run, on_progress=status, on_wait=tell.note
+            )
         try:
             try:
                 _agreed(found, tell, dry_run=dry_run, yes=yes)
@@ -207,35 +209,34 @@ def _text(found: Pull, figures: dict[str, Any], fit: Plan) -> str:
         return "" if figures[key] is None else f", about {duration(figures[key])}"
 
     rate = figures["fetch_rate"]
-    at = f" at {amount(rate, 'bytes')}/s measured now" if rate else ""
+    how = "at most, as you said" if found.options.rate else "measured now"
+    at = f" at {amount(rate, 'bytes')}/s {how}" if rate else ""
     kept = "all of the source" if found.options.keep else f"{gb('source_room')} of source at a time"
     lines = [
         f"{figures['repo']} at {figures['commit'][:12]}: {gb('source_bytes')} in "
         f"{figures['files']} files -> {gb('pack_bytes')} in {figures['pack']}",
         f"  fetch    {gb('fetch_bytes')}{time_of('fetch_s')}{at}",
-        f"  convert  {figures_weights(found)}{time_of('convert_s')}; in all{time_of('total_s')[1:]}"
+        f"  convert  {_weights(found)}{time_of('convert_s')}; in all{time_of('total_s')[1:]}"
         " (estimated)",
         f"  disk     {gb('disk_needed')} more (pack and {kept}), {gb('disk_free')} free",
     ]
     if figures["skipped_tensors"]:
         lines.append(f"  skipped  {figures['skipped_tensors']} tensors of vision and audio")
-    name = f"{figures['repo'].rpartition('/')[2]} as this pack"
+    name = f"{figures['repo'].rpartition('/')[2]}, as this pack"
     lines += ["", plan_text.plan(fit, name)]
     lines += [f"{p.message}; {p.hint}" for p in fit.problems]
     return "\n".join(lines)
 
 
-def figures_weights(found: Pull) -> str:
+def _weights(found: Pull) -> str:
     """`309 G weights`."""
-    return f"{found.weights_left / 1e9:.3g} G weights"
+    n = found.weights_left
+    return f"{n / 1e9:.0f} G weights" if n > 9.5e9 else f"{n / 1e6:.1f} M weights"
 
 
 def _notes(found: Pull, tell: _Teller) -> None:
     while found.notes:
-        note = found.notes.pop(0)
-        tell("note", text=note)
-        tell.clear()
-        say(note)
+        tell.note(found.notes.pop(0))
 
 
 def _finished(target: Path, nbytes: int, tell: _Teller) -> None:
@@ -270,9 +271,12 @@ class _Teller:
         if self.json:
             print(jsonlib.dumps({"event": event, **facts}), flush=True)
 
-    def clear(self) -> None:
+    def note(self, text: str) -> None:
+        """Something worth a line of its own."""
+        self("note", text=text)
         if self._line:
             self._line.clear()
+        say(text)
 
     @contextmanager
     def status(self) -> Iterator[Callable[[Progress], None]]:

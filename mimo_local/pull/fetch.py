@@ -82,6 +82,8 @@ class Fetcher:
         self._ready: set[str] = set()
         self._urgent: set[str] = set()
         self._error: BaseException | None = None
+        self.trouble = ""
+        """What is being waited for, while nothing comes."""
         self._held = self._budget = self._landed = 0
         self._threads: list[threading.Thread] = []
 
@@ -202,6 +204,7 @@ class Fetcher:
                 start = self._stream(part, start, stop, patience)
             except TransientError as failure:
                 start = max(at, self._reached(part, at, stop))
+                self.trouble = str(failure)
                 patience.again(failure, part.file.name)
         part.hash_on()
         self._complete(part)
@@ -239,6 +242,7 @@ class Fetcher:
                     part.write(data, at)
                     at += len(data)
                     patience.moved()
+                    self.trouble = ""
                     if at - noted >= NOTE:
                         part.note(noted, at)
                         noted = at

@@ -80,12 +80,14 @@ def check_repo(repo: str) -> str:
 class Hub:
     """One endpoint and one token; may be used by several threads."""
 
-    def __init__(self, endpoint: str | None = None, *, wait: Wait | None = None) -> None:
-        """`endpoint` None: HF_ENDPOINT or the public hub. `wait` sleeps between attempts."""
+    def __init__(
+        self, *, wait: Wait | None = None, on_wait: Callable[[str], None] | None = None
+    ) -> None:
+        """At HF_ENDPOINT, or the public hub. `wait` sleeps; `on_wait` is told why."""
         quiet()
         import httpx2
 
-        given = endpoint or os.environ.get("HF_ENDPOINT") or ENDPOINT
+        given = os.environ.get("HF_ENDPOINT") or ENDPOINT
         self.endpoint = given.rstrip("/")
         parts = urlsplit(self.endpoint)
         if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -94,7 +96,8 @@ class Hub:
                 hint="write it like https://huggingface.co, or unset it",
             )
         self._closed = threading.Event()
-        self.wait = wait or self._closed.wait
+        self._wait = wait or self._closed.wait
+        self._on_wait = on_wait
         self._token = _token()
         self._places: dict[str, str] = {}
         try:
@@ -156,7 +159,7 @@ class Hub:
 
     def read(self, snapshot: Snapshot, file: RemoteFile, start: int, stop: int) -> bytes:
         """Bytes start..stop in memory, tried again until they are here."""
-        patience, found = Patience(self.wait), bytearray()
+        patience, found = Patience(self._wait, self._on_wait), bytearray()
         while len(found) < stop - start:
             try:
                 at = start + len(found)
@@ -259,7 +262,7 @@ class Hub:
         # Its own client would wait for a silent server for ever.
         set_client_factory(lambda: httpx2.Client(timeout=TIMEOUT, follow_redirects=True))
         api = HfApi(endpoint=self.endpoint, token=self._token or False, library_name="mimo-local")
-        patience = Patience(self.wait)
+        patience = Patience(self._wait, self._on_wait)
         while True:
             try:
                 return question(api)

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from mimo_local.errors import CheckpointError
 from mimo_local.pull.hub import RemoteFile
-from mimo_local.pull.ranges import Ranges, merged, noted, written
+from mimo_local.pull.ranges import Ranges, gaps, merged, noted, written
 from mimo_local.pull.staging import DAMAGED, Staging
 from quant.tensorfile import TensorFile, pread_into
 from quant.writer import sync_folder, writing
@@ -37,7 +37,8 @@ class Part:
             ranges = self._logged()
             flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
             self._fd = os.open(self.path, flags | (0 if ranges else os.O_TRUNC), 0o644)
-            size = os.fstat(self._fd).st_size
+            size = min(os.fstat(self._fd).st_size, file.size)
+            os.ftruncate(self._fd, size)
             self._ranges = merged([(a, min(b, size)) for a, b in ranges if a < size])
             self._relog()
         self._begin()
@@ -51,27 +52,35 @@ class Part:
     def missing(self) -> Ranges:
         """The ranges that are not here yet."""
         with self._lock:
-            edges = [0, *(edge for pair in self._ranges for edge in pair), self.file.size]
-        pairs = zip(edges[::2], edges[1::2], strict=True)
-        return [(a, b) for a, b in pairs if a < b]
+            return gaps(self._ranges, 0, self.file.size)
 
     def write(self, data: bytes, offset: int) -> None:
-        """Bytes from `offset` on; DiskSpaceError when there is no room."""
-        view = memoryview(data)
-        with writing(self.path, self.covered, self.file.size):
-            while view:
-                n = os.pwrite(self._fd, view, offset)
-                with self._lock:
-                    self._ranges = merged([*self._ranges, (offset, offset + n)])
-                view, offset = view[n:], offset + n
+        """Bytes from `offset` on; DiskSpaceError when there is no room.
+
+        What is here stays as it is: it may have been hashed already, or be proven as a whole.
+        """
+        with self._lock, writing(self.path, 0, self.file.size):
+            for start, stop in gaps(self._ranges, offset, offset + len(data)):
+                view = memoryview(data)[start - offset : stop - offset]
+                while view and self._fd >= 0:
+                    n = os.pwrite(self._fd, view, start)
+                    self._ranges = merged([*self._ranges, (start, start + n)])
+                    view, start = view[n:], start + n
 
     def note(self, start: int, stop: int) -> None:
         """Remember a range for later runs, once it is on the disk."""
-        if start < stop:
+        with self._lock:
+            if start >= stop or self._fd < 0:
+                return
+            fd = os.dup(self._fd)  # the file may be whole and closed before the disk is done
+        try:
             with writing(self.log, 0, 0):
-                os.fdatasync(self._fd)
+                os.fdatasync(fd)
                 with self._lock:
-                    os.write(self._log_fd, f"{start} {stop}\n".encode())
+                    if self._log_fd >= 0 and not gaps(self._ranges, start, stop):
+                        os.write(self._log_fd, f"{start} {stop}\n".encode())
+        finally:
+            os.close(fd)
 
     def hash_on(self) -> None:
         """Hash what lies in a row from the beginning, unless another thread is at it."""

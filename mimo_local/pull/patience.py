@@ -17,6 +17,7 @@ Wait: TypeAlias = Callable[[float], object]
 TRIES: Final = 8
 FIRST_S: Final = 1.0
 MOST_S: Final = 60.0
+TOLD_S: Final = 1.5
 LONGEST_S: Final = 900.0
 """A server that wants to be left alone for longer is not waited for."""
 
@@ -32,8 +33,9 @@ class TransientError(Exception):
 class Patience:
     """Counts failures in a row: 8 of them, about 2 minutes, are too many."""
 
-    def __init__(self, wait: Wait) -> None:
-        self._wait = wait
+    def __init__(self, wait: Wait, tell: Callable[[str], None] | None = None) -> None:
+        """`tell`: called with the reason before a wait that somebody would notice."""
+        self._wait, self._tell = wait, tell
         self._failed = 0
 
     def moved(self) -> None:
@@ -47,9 +49,11 @@ class Patience:
             wish = f", come back in {failure.after / 60:.0f} min" if failure.after else ""
             raise DownloadError(
                 f"{what} cannot be fetched: {failure}{wish}",
-                hint="run the same command again later: it goes on where it stopped",
+                hint="check the network and run the same command again: it goes on where it stopped",
             ) from failure
-        if failure.after is not None:
-            self._wait(failure.after)
-        else:  # spread, or all connections would come back in the same moment
-            self._wait(min(MOST_S, FIRST_S * 2 ** (self._failed - 1)) * random.uniform(0.5, 1.0))
+        # Spread, or all connections would come back in the same moment.
+        grown = min(MOST_S, FIRST_S * 2 ** (self._failed - 1)) * random.uniform(0.5, 1.0)
+        seconds = grown if failure.after is None else failure.after
+        if self._tell and seconds >= TOLD_S:
+            self._tell(f"{what}: {failure}; trying again in {seconds:.0f} s")
+        self._wait(seconds)

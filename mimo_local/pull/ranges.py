@@ -19,6 +19,16 @@ def merged(ranges: Ranges) -> Ranges:
     return found
 
 
+def gaps(ranges: Ranges, start: int, stop: int) -> Ranges:
+    """What of start..stop is in none of these (merged) ranges."""
+    found: Ranges = []
+    for a, b in ranges:
+        if start < min(a, stop):
+            found.append((start, min(a, stop)))
+        start = max(start, b)
+    return [*found, (start, stop)] if start < stop else found
+
+
 def written(identity: str, ranges: Ranges) -> str:
     """The log of a file's ranges: which file, then a line per range."""
     return "".join(f"{line}\n" for line in (identity, *(f"{a} {b}" for a, b in ranges)))

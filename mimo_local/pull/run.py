@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Final
 
-from mimo_local.errors import DiskSpaceError, DownloadError, UsageError
+from mimo_local.errors import DiskSpaceError, DownloadError, MimoError, UsageError
 from mimo_local.events import Progress
 from mimo_local.pull.fetch import CONNECTIONS, Fetcher
 from mimo_local.pull.hub import Hub, RemoteFile, Snapshot
@@ -75,11 +75,15 @@ class Pull:
         *,
         dry: bool = False,
         on_progress: OnProgress | None = None,
+        on_wait: Callable[[str], None] | None = None,
     ) -> Pull:
-        """Find out all about it; unless `dry`, lock the staging folder and pin the commit."""
-        staging = Staging(target.with_name(target.name + ".source"))
+        """Find out all about it; unless `dry`, lock the staging folder and pin the commit.
+
+        `on_wait` is told when a server has to be waited for.
+        """
+        staging = _staging_of(target)
         check_target(staging.folder, target)
-        hub, resumed = None if options.offline else Hub(), True
+        hub, resumed = None if options.offline else Hub(on_wait=on_wait), True
         try:
             if not dry:
                 staging.open()
@@ -155,7 +159,9 @@ class Pull:
 
     def measured_rate(self, seconds: float = PROBE_S) -> float:
         """Bytes per second that come over all connections, measured for a moment."""
-        if self.hub is None or not self.remote.shards:
+        if self.options.rate is not None:
+            return self.options.rate
+        if self.hub is None:
             return math.inf
         hub, file = self.hub, max(self.remote.shards, key=lambda file: file.size)
         came, begin = [0] * self.options.connections, time.monotonic()
@@ -175,8 +181,7 @@ class Pull:
             thread.start()
         for thread in threads:
             thread.join(seconds + 1)
-        rate = sum(came) / max(time.monotonic() - begin, 1e-3)
-        return min(rate, self.options.rate or math.inf)
+        return sum(came) / max(time.monotonic() - begin, 1e-3)
 
     def run(self, on_progress: OnProgress | None = None, *, block: int | None = None) -> Pack:
         """Fetch, convert, take away; returns the pack. Whatever is finished is always kept."""
@@ -245,7 +250,22 @@ def already_there(target: Path, recipe: Recipe) -> Pack | None:
             f"{target} already holds a pack in other formats",
             hint="choose another name with `--to`, or delete this one to make it anew",
         )
+    (target / JOURNAL).unlink(missing_ok=True)
+    _tidy(_staging_of(target))
     return pack
+
+
+def _staging_of(target: Path) -> Staging:
+    return Staging(target.with_name(target.name + ".source"))
+
+
+def _tidy(staging: Staging) -> None:
+    """Remove what a pull left that was killed in its last moment; never a kept source."""
+    if staging.state.is_dir():
+        with suppress(MimoError):  # another one is still at it
+            staging.open()
+            staging.clear(everything=not list(staging.folder.glob("*.safetensors")))
+            staging.close()
 
 
 def finished(target: Path, jobs: Iterable[Job]) -> set[str]:

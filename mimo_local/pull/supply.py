@@ -123,7 +123,9 @@ class Supply:
         """Say how far everything is: a byte counts half when it is here, half when converted."""
         total = self._meter.total
         fetched = min(total, max(0, self._gone + self._fetcher.fetched))
-        self._meter.tell(self._stage, round((fetched + self._share * total) / 2))
+        trouble = self._fetcher.trouble if self._stage.startswith("fetching") else ""
+        stage = f"{self._stage} (trying again: {trouble})" if trouble else self._stage
+        self._meter.tell(stage, round((fetched + self._share * total) / 2))
 
     def _sample(self, names: Iterable[str]) -> None:
         """Of files nothing is made of, what the fingerprint looks at is enough."""
