@@ -2,11 +2,11 @@
 
     python bench/pull_faults.py [--moments 50] [--seed 1] [--calm]
 
-A hub on 127.0.0.1 serves a small FP8 checkpoint; a process forks a pull, kills it at a random moment
-or lets its disk fill up after a random number of bytes, and goes on with the next. Unless --calm the
-hub drops connections, answers 503, ignores ranges and sends wrong bytes now and then. Every pull
-that gets through must have made the pack that converting the whole checkpoint makes, byte by byte,
-and left nothing else. Last stdout line is JSON.
+A hub on 127.0.0.1 serves a small FP8 checkpoint; a process forks a pull, kills it at a random
+moment or lets its disk fill up after a random number of bytes, and goes on with the next. Unless
+--calm the hub drops connections, answers 503, ignores ranges and sends wrong bytes now and then.
+Every pull that gets through must have made the pack that converting the whole checkpoint makes,
+byte by byte, and left nothing else. Last stdout line is JSON.
 """
 
 from __future__ import annotations

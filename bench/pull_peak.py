@@ -2,10 +2,10 @@
 
     python bench/pull_peak.py [--dir DIR] [--experts 256] [--rate-limit SIZE]
 
-Writes an FP8 checkpoint with the real shapes, its tensors in the files the hub keeps them in (9.4 GB
-with the whole vocabulary), serves it on 127.0.0.1 and runs `mimo pull` on it. Watches the staging
-folder every 20 ms and the process's peak memory; compares the pack's checksums with a conversion of
-the whole checkpoint. Needs 20 GB in DIR. Last stdout line is JSON.
+Writes an FP8 checkpoint with the real shapes, its tensors in the files the hub keeps them in (9.4
+GB with the whole vocabulary), serves it on 127.0.0.1 and runs `mimo pull` on it. Watches the
+staging folder every 20 ms and the process's peak memory; compares the pack's checksums with a
+conversion of the whole checkpoint. Needs 20 GB in DIR. Last stdout line is JSON.
 """
 
 from __future__ import annotations

@@ -571,6 +571,40 @@ def test_a_kept_source_is_never_tidied_away(hub: HubServer, tmp_path: Path) -> N
     assert len(list(kept.glob("*.safetensors"))) == 10 and not (kept / ".pull").exists()
 
 
+def test_a_header_damaged_on_its_way_is_found_out_before_it_does_harm(
+    hub: HubServer, tmp_path: Path, wanted: dict[str, str], source: Path
+) -> None:
+    """It still is a valid header, of numbers of the same size: only their meaning is another."""
+    name = "model_0.safetensors"
+    data = (source / name).read_bytes()
+    other = data.replace(b'"dtype":"BF16"', b'"dtype":"F16" ', 1)
+    assert other != data and len(other) == len(data)
+    told = {"Content-Range": f"bytes 0-{len(data) - 1}/{len(data)}"}
+
+    def damaged(asked: Asked) -> Fault | None:
+        planning = asked.file == name and asked.stored and not asked.start
+        return (
+            Fault(status=206, headers=told, body=other)
+            if planning and asked.stop != BLOCK
+            else None
+        )
+
+    hub.fault = damaged
+    with pytest.raises(DownloadError, match=f"{name} for planning was damaged") as e:
+        pull(tmp_path)
+    assert "run the same command again" in e.value.hint
+    hub.fault = lambda _: None
+    pull(tmp_path)
+    assert hashes(tmp_path / "pack") == wanted
+
+
+def test_a_damaged_configuration_is_not_planned_with(hub: HubServer, tmp_path: Path) -> None:
+    hub.fault = lambda asked: Fault(flip=True) if asked.file == "config.json" else None
+    with pytest.raises(DownloadError, match=r"config\.json has the wrong checksum"):
+        pull(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_waiting_for_a_server_is_told(
     hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

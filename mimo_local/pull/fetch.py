@@ -260,7 +260,8 @@ class Fetcher:
         """Once all of a file is here: prove it, or fetch it once more."""
         name = part.file.name
         with self._cond:
-            if part.missing() or name in self._proving or name in self._ready:
+            # A connection that comes late may find the file whole, proven, even used up already.
+            if part.missing() or name in self._proving or self._parts.get(name) is not part:
                 return
             self._proving.add(name)  # only one thread goes on from here
         if part.proven():

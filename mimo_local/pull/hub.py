@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import email.utils
+import hashlib
 import os
 import re
 import threading
@@ -51,6 +52,12 @@ class RemoteFile:
     def digest(self) -> str:
         """What its checksum must be."""
         return self.sha256 or self.git
+
+    def hasher(self) -> Any:
+        """What makes that checksum of the content; git's begins with the size."""
+        if self.sha256:
+            return hashlib.sha256()
+        return hashlib.sha1(f"blob {self.size}\0".encode(), usedforsecurity=False)
 
     @property
     def identity(self) -> str:
@@ -261,7 +268,9 @@ class Hub:
 
         # Its own client would wait for a silent server for ever.
         set_client_factory(lambda: httpx2.Client(timeout=TIMEOUT, follow_redirects=True))
-        api = HfApi(endpoint=self.endpoint, token=self._token or False, library_name="mimo-local")
+        from mimo_local import __version__
+
+        api = HfApi(self.endpoint, self._token or False, "mimo-local", __version__)
         patience = Patience(self._wait, self._on_wait)
         while True:
             try:

@@ -6,12 +6,11 @@ own name. Knows no network. Called by `fetch`.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
-from typing import Any, Final
+from typing import Final
 
-from mimo_local.errors import CheckpointError
+from mimo_local.errors import CheckpointError, DownloadError
 from mimo_local.pull.hub import RemoteFile
 from mimo_local.pull.ranges import Ranges, gaps, merged, noted, written
 from mimo_local.pull.staging import DAMAGED, Staging
@@ -148,6 +147,13 @@ class Part:
         with self.path.open("rb") as file:
             head = file.read(8)
             head += file.read(min(int.from_bytes(head, "little"), self.file.size))
+        planned = f"headers/{self.file.name}"
+        if self._staging.kept(planned) not in (None, head):
+            (self._staging.state / planned).unlink()
+            raise DownloadError(
+                f"what was read of {self.file.name} for planning was damaged on its way",
+                hint="run the same command again: the header is read anew",
+            )
         known = TensorFile(
             self.path, error=CheckpointError, hint=DAMAGED, known=(self.file.size, head)
         )
@@ -160,8 +166,7 @@ class Part:
 
     def _begin(self) -> None:
         self._hashed = 0
-        blob = hashlib.sha1(f"blob {self.file.size}\0".encode(), usedforsecurity=False)
-        self._digest: Any = hashlib.sha256() if self.file.sha256 else blob
+        self._digest = self.file.hasher()
 
     def _logged(self) -> Ranges:
         """Ranges an earlier run noted of the same file."""

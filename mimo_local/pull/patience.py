@@ -49,7 +49,7 @@ class Patience:
             wish = f", come back in {failure.after / 60:.0f} min" if failure.after else ""
             raise DownloadError(
                 f"{what} cannot be fetched: {failure}{wish}",
-                hint="check the network and run the same command again: it goes on where it stopped",
+                hint="check the network and run the command again: it goes on where it stopped",
             ) from failure
         # Spread, or all connections would come back in the same moment.
         grown = min(MOST_S, FIRST_S * 2 ** (self._failed - 1)) * random.uniform(0.5, 1.0)

@@ -106,7 +106,18 @@ def _json(
             f"{name} of {snapshot.repo} has {file.size} bytes",
             hint="name a repository that holds a MiMo-V2 checkpoint as safetensors",
         )
-    raw = _kept_or(staging, f"json/{name}", hub, lambda hub: hub.read(snapshot, file, 0, file.size))
+
+    def whole(hub: Hub) -> bytes:
+        data, proof = hub.read(snapshot, file, 0, file.size), file.hasher()
+        proof.update(data)
+        if proof.hexdigest() == file.digest:
+            return data
+        raise DownloadError(
+            f"{name} has the wrong checksum: {proof.hexdigest()[:9]}..., not {file.digest[:9]}...",
+            hint="try again; if it stays wrong, the mirror or a proxy in between is damaged",
+        )
+
+    raw = _kept_or(staging, f"json/{name}", hub, whole)
     try:
         value = json.loads(raw)
         if isinstance(value, dict):
