@@ -23,6 +23,8 @@ BLOCK: Final = 32 << 20
 """Bytes of one request."""
 NOTE: Final = 16 << 20
 """Bytes after which a range is made durable and noted: what a kill can cost per connection."""
+NOTE_S: Final = 10.0
+"""Seconds after which it is, if so many bytes take longer."""
 
 
 class RateLimit:
@@ -226,7 +228,7 @@ class Fetcher:
 
     def _stream(self, part: Part, start: int, stop: int, patience: Patience) -> int:
         """Write what one request brings; returns where it ended."""
-        at = noted = start
+        at, noted, then = start, start, time.monotonic()
         whole = part.file.name in self._whole
         try:
             with self._hub.ranged(self._snapshot, part.file, start, stop) as (offset, pieces):
@@ -243,9 +245,10 @@ class Fetcher:
                     at += len(data)
                     patience.moved()
                     self.trouble = ""
-                    if at - noted >= NOTE:
+                    now = time.monotonic()
+                    if at - noted >= NOTE or now - then >= NOTE_S:
                         part.note(noted, at)
-                        noted = at
+                        noted, then = at, now
                         part.hash_on()
                     if at >= stop:
                         break

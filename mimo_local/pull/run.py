@@ -26,6 +26,7 @@ from mimo_local.pull.order import Order, arrange
 from mimo_local.pull.remote import Remote, read_remote
 from mimo_local.pull.staging import Staging
 from mimo_local.pull.supply import Supply, steps_of
+from mimo_local.sizes import gb
 from quant.convert import SPARE, check_target, checked_jobs, convert
 from quant.jobs import Job
 from quant.pack import JOURNAL, Pack
@@ -151,9 +152,9 @@ class Pull:
         need, free = self.space
         if free < need:
             raise DiskSpaceError(
-                f"the pull needs {need / 1e9:.2f} GB more in {self.target.parent}, "
-                f"{free / 1e9:.2f} GB are free",
-                hint=f"free {(need - free) / 1e9:.2f} GB, or choose a folder on another disk "
+                f"the pull needs {gb(need)} more in {self.target.parent}, "
+                f"{gb(free)} are free",
+                hint=f"free {gb(need - free)}, or choose a folder on another disk "
                 "with `--to`",
             )
 
@@ -231,9 +232,10 @@ class Pull:
     def _check_offline(self) -> None:
         lacking = {f.name: n for f in self._wanted() if (n := self.staging.missing(f))}
         if lacking:
-            shown = ", ".join(list(lacking)[:3]) + (", ..." if len(lacking) > 3 else "")
+            more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
+            shown = ", ".join(list(lacking)[:3]) + more
             raise DownloadError(
-                f"{len(lacking)} files are not all here, {sum(lacking.values()) / 1e9:.2f} GB are "
+                f"{len(lacking)} files are not all here, {gb(sum(lacking.values()))} are "
                 f"missing: {shown}",
                 hint="run the same command without --offline, or put them into "
                 f"{self.staging.folder}",
