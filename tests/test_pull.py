@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -248,9 +249,18 @@ def test_wrong_bytes_twice_are_an_error_that_names_the_file(hub: HubServer, tmp_
 def test_a_server_that_stays_away_is_given_up_and_what_came_is_kept(
     hub: HubServer, tmp_path: Path, wanted: dict[str, str]
 ) -> None:
-    hub.fault = shard_fault(Fault(status=503), times=10**6, name="model_2_linear_fc1")
+    made, held = tmp_path / "pack" / "layer-001.safetensors", threading.Event()
+    gone = shard_fault(Fault(status=503, wait=held), times=10**6, name="model_2_linear_fc1")
+    hub.fault = gone
+
+    def look(_: Progress) -> None:
+        if made.exists():  # else this file would be given up before the others are here
+            held.set()
+
+    found = Pull.prepare(OPTIONS, tmp_path / "pack")
     with pytest.raises(DownloadError, match=r"model_2_linear_fc1.*503") as e:
-        pull(tmp_path)
+        found.run(look, block=BLOCK)
+    found.close()
     assert "run the same command again" in e.value.hint
     hub.fault = lambda _: None
     hub.asked.clear()
@@ -621,12 +631,15 @@ def test_waiting_for_a_server_is_told(
 
 
 def test_ctrl_c_keeps_what_was_made(hub: HubServer, tmp_path: Path, wanted: dict[str, str]) -> None:
+    held = threading.Event()
+
     def stop(event: Progress) -> None:
-        if event.stage == "fetching layer 2":
+        if (tmp_path / "pack" / "experts-001.safetensors").exists():
+            held.set()
             raise KeyboardInterrupt
 
     found = Pull.prepare(OPTIONS, tmp_path / "pack")
-    hub.fault = shard_fault(Fault(status=503), times=10**6, name="model_2_linear")
+    hub.fault = shard_fault(Fault(status=503, wait=held), times=10**6, name="model_2_linear")
     with pytest.raises(KeyboardInterrupt):
         found.run(stop, block=BLOCK)
     found.close()

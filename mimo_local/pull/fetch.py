@@ -141,8 +141,9 @@ class Fetcher:
         self._stop.set()
         with self._cond:
             self._cond.notify_all()
+        end = time.monotonic() + 3
         for thread in self._threads:
-            thread.join(timeout=3)  # a silent connection is left to itself
+            thread.join(timeout=max(0, end - time.monotonic()))  # a silent one is left to itself
         with suppress(Exception):
             self._hub.close()
         for part in self._parts.values():

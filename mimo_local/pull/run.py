@@ -152,10 +152,8 @@ class Pull:
         need, free = self.space
         if free < need:
             raise DiskSpaceError(
-                f"the pull needs {gb(need)} more in {self.target.parent}, "
-                f"{gb(free)} are free",
-                hint=f"free {gb(need - free)}, or choose a folder on another disk "
-                "with `--to`",
+                f"the pull needs {gb(need)} more in {self.target.parent}, {gb(free)} are free",
+                hint=f"free {gb(need - free)}, or choose a folder on another disk with `--to`",
             )
 
     def measured_rate(self, seconds: float = PROBE_S) -> float:
