@@ -261,7 +261,7 @@ def test_a_server_that_stays_away_is_given_up_and_what_came_is_kept(
     with pytest.raises(DownloadError, match=r"model_2_linear_fc1.*503") as e:
         found.run(look, block=BLOCK)
     found.close()
-    assert "run the same command again" in e.value.hint
+    assert "run the command again" in e.value.hint
     hub.fault = lambda _: None
     hub.asked.clear()
     pull(tmp_path)
@@ -682,7 +682,7 @@ def test_patience_waits_longer_each_time_obeys_the_server_and_ends() -> None:
     assert waits == [77.0]
     for _ in range(patience.TRIES - 2):
         calm.again(patience.TransientError("gone"), "x")
-    assert all(0.5 * 2**n <= wait <= 60 for n, wait in enumerate(waits[1:], 1))
+    assert all(0.5 <= wait / min(60, 2**n) <= 1 for n, wait in enumerate(waits[1:], 1))
     with pytest.raises(DownloadError, match="x cannot be fetched: gone"):
         calm.again(patience.TransientError("gone"), "x")
     with pytest.raises(DownloadError, match="come back in 60 min"):
