@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,17 @@ class Checkpoint:
         )
         names, weight_map = find_shards(folder)
         files = [TensorFile(folder / n, error=CheckpointError, hint=REFETCH) for n in names]
+        return cls.of_files(folder, config, files, weight_map)
+
+    @classmethod
+    def of_files(
+        cls,
+        folder: Path,
+        config: dict[str, Any],
+        files: list[TensorFile],
+        weight_map: dict[str, str] | None,
+    ) -> Checkpoint:
+        """A checkpoint of these files, whose headers are known; their data may come later."""
         self = cls(folder, config, files)
         self._collect(weight_map)
         self._match_mxfp4()
@@ -210,13 +221,24 @@ class Checkpoint:
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for file in sorted(self._files, key=lambda f: f.path.name):
             digest.update(f"{file.path.name}:{file.size};".encode())
-            starts = [file.data_start + (file.size - file.data_start) * i // 16 for i in range(16)]
-            pieces = [(0, file.data_start), *((s, min(s + 4096, file.size)) for s in starts)]
-            for start, stop in pieces:
+            for start, stop in file.samples():
                 piece = bytearray(stop - start)
                 file.read_into(memoryview(piece), start, "the fingerprint")
                 digest.update(piece)
         return digest.hexdigest()
+
+    def files_of(self, names: Iterable[str]) -> set[str]:
+        """Names of the files that hold these tensors and all scales they need."""
+        found: set[str] = set()
+        for name in names:
+            scales = self._scales[name].sources if name in self._scales else ()
+            own = [self._own_scale[name]] if name in self._own_scale else []
+            found.update(s.file.path.name for s in (self._source(name), *scales, *own))
+        return found
+
+    def files(self) -> list[TensorFile]:
+        """The safetensors files."""
+        return self._files
 
     def file_count(self) -> int:
         """How many safetensors files the checkpoint has."""

@@ -9,13 +9,13 @@ from __future__ import annotations
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 
@@ -43,7 +43,7 @@ from quant.recipe import Recipe
 from quant.tensorfile import Scratch
 from quant.writer import MANIFEST, PART, PackWriter, Record
 
-__all__ = ["Recipe", "convert", "plan_bytes"]
+__all__ = ["Recipe", "Supply", "check_target", "checked_jobs", "convert", "copied", "plan_bytes"]
 
 CHUNK = 1 << 23
 """Weights quantised at once: an expert's matrix, 32 MiB where it has to be widened first."""
@@ -70,21 +70,23 @@ def convert(
     *,
     on_progress: OnProgress | None = None,
     cancel: Callable[[], bool] | None = None,
+    supply: Supply | None = None,
 ) -> Pack:
     """Make a pack of a checkpoint in folder `dst` and open it; run again after a death to resume.
 
-    Two runs give the same bytes, interrupted or not. Progress counts bytes of the source. Raises
-    CheckpointError, ConfigError, UsageError (folders), DiskSpaceError (before the first byte, or
-    when the disk fills up), CancelledError; finished files are always kept for the next run.
+    Two runs give the same bytes, interrupted or not. Progress counts bytes of the source; `supply`
+    brings them while the conversion runs. Raises CheckpointError, ConfigError, UsageError
+    (folders), DiskSpaceError (before the first byte, or when the disk fills up), CancelledError;
+    finished files are always kept for the next run.
     """
     recipe = recipe or Recipe()
     source = src if isinstance(src, Checkpoint) else Checkpoint.open(src)
     target = Path(dst).absolute()
-    jobs = _checked_jobs(source, recipe)
-    head = _head(source, recipe)
+    jobs = checked_jobs(source, recipe)
+    head = _head(source, recipe, supply.identity if supply else source.fingerprint())
     if (target / MANIFEST).exists():
         return _finished(target, head)
-    _check_target(source.path, target)
+    check_target(source.path, target)
     meter = _Meter(source.nbytes, on_progress)
     writer = PackWriter(target)
     journal = Journal(target / JOURNAL, head)
@@ -92,19 +94,43 @@ def convert(
         done = _resumable(journal, target, jobs)
         _check_space(target, sum(job.nbytes() for job in jobs if job.file not in done))
         scratch = Scratch()
-        for job in jobs:
+        for job in supply.order(jobs, done) if supply else jobs:
             if job.file in done:
                 meter.skip(sum(source.stored_bytes(name) for name in job.names()))
+                if supply:
+                    supply.done(job)
                 continue
+            if supply:
+                supply.need(job)
             run = _Run(source, recipe, meter, cancel, f"{len(done)} of {len(jobs)} files", scratch)
             done[job.file] = run.write(job, writer)
             journal.add(done[job.file])
+            if supply:
+                supply.done(job)
+        if supply:
+            head = _head(source, recipe, source.fingerprint())
         _finish(writer, source, head, jobs, done)
     finally:
         journal.close()
     journal.path.unlink(missing_ok=True)
     meter.finish()
     return Pack.open(target)
+
+
+class Supply(Protocol):
+    """Brings the files a conversion reads while it runs, and may take them away afterwards."""
+
+    identity: str
+    """Says which checkpoint this is before all of it is here; a resumed run must find the same."""
+
+    def order(self, jobs: list[Job], done: Iterable[str]) -> list[Job]:
+        """The same jobs in the order their files come; `done`: files of the pack that are there."""
+
+    def need(self, job: Job) -> None:
+        """Return when all the job reads is here."""
+
+    def done(self, job: Job) -> None:
+        """The job's file is durable."""
 
 
 _Loaded: TypeAlias = torch.Tensor | Fp8Rows | Parts
@@ -253,7 +279,7 @@ def _stage(name: str) -> str:
     return "converting MTP layers" if ".mtp." in name else "converting embedding and head"
 
 
-def _checked_jobs(source: Checkpoint, recipe: Recipe) -> list[Job]:
+def checked_jobs(source: Checkpoint, recipe: Recipe) -> list[Job]:
     """The plan for an opened checkpoint, after asking whether it holds a whole model."""
     model_type = source.config.get("model_type")
     if model_type not in _MODEL_TYPES:
@@ -271,7 +297,14 @@ def _checked_jobs(source: Checkpoint, recipe: Recipe) -> list[Job]:
     return plan_jobs(shapes, {name: source.dtype(name) for name in shapes}, recipe)
 
 
-def _head(source: Checkpoint, recipe: Recipe) -> dict[str, Any]:
+def copied(listing: Iterable[str]) -> list[str]:
+    """Which of a checkpoint's files go into the pack as they are."""
+    names = set(listing)
+    extra = sorted(name for name in names if name.startswith("LICENSE"))
+    return ["config.json", *(name for name in _COPIED if name in names), *extra]
+
+
+def _head(source: Checkpoint, recipe: Recipe, fingerprint: str) -> dict[str, Any]:
     """What makes two conversions the same; the journal's first line and part of the manifest."""
     try:
         version = metadata.version("mimo-local")
@@ -283,7 +316,7 @@ def _head(source: Checkpoint, recipe: Recipe) -> dict[str, Any]:
         "model_type": source.config["model_type"],
         "recipe": asdict(recipe),
         "source": {
-            "fingerprint": source.fingerprint(),
+            "fingerprint": fingerprint,
             "files": source.file_count(),
             "bytes": source.nbytes,
             "tensors": len(source.names()),
@@ -305,7 +338,7 @@ def _finished(target: Path, head: dict[str, Any]) -> Pack:
     return pack
 
 
-def _check_target(src: Path, target: Path) -> None:
+def check_target(src: Path, target: Path) -> None:
     """Refuse folders where a pack would mix with the source or with somebody's files."""
     source, real = src.resolve(), target.resolve()
     if real == source or source in real.parents or real in source.parents:
@@ -352,10 +385,7 @@ def _finish(
 ) -> None:
     """Copy the small files, then write pack.json."""
     records = [done[job.file] for job in jobs]
-    records.append(writer.copy(source.path / "config.json"))
-    extra = sorted(p.name for p in source.path.glob("LICENSE*") if p.is_file())
-    for name in (*_COPIED, *extra):
-        if (source.path / name).is_file():
-            records.append(writer.copy(source.path / name))
+    listing = {p.name for p in source.path.iterdir() if p.is_file()}
+    records += [writer.copy(source.path / name) for name in copied(listing)]
     fallbacks = [fallback for job in jobs for fallback in job.fallbacks]
     writer.finish({**head, "fallbacks": fallbacks}, records)

@@ -65,7 +65,7 @@ class Pack:
         if not (folder / MANIFEST).exists() and (folder / JOURNAL).exists():
             raise PackError(
                 f"the conversion into {folder} is unfinished",
-                hint="run the same `mimo quantize` command again: it resumes where it stopped",
+                hint="run the same `mimo quantize` or `mimo pull` again: it goes on from there",
             )
         manifest = read_json(
             folder / MANIFEST,

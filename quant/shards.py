@@ -6,7 +6,9 @@ Reads the index and asks which files exist; opens no tensors. Called by `checkpo
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from mimo_local.errors import CheckpointError
 from quant.tensorfile import read_json
@@ -17,9 +19,19 @@ REFETCH = "fetch this file of the checkpoint again; its checksum is on the model
 
 def find_shards(folder: Path) -> tuple[list[str], dict[str, str] | None]:
     """The checkpoint's safetensors file names, sorted, and the index's tensor -> file map."""
-    weight_map: dict[str, str] | None = None
+    index = None
     if (folder / INDEX).exists():
         index = read_json(folder / INDEX, error=CheckpointError, hint=REFETCH)
+    listing = {p.name for p in folder.glob("*.safetensors") if p.is_file()}
+    return shard_names(listing, index, str(folder))
+
+
+def shard_names(
+    listing: set[str], index: Mapping[str, Any] | None, where: str
+) -> tuple[list[str], dict[str, str] | None]:
+    """The same for a folder `where` that lists these safetensors files and has this index."""
+    weight_map: dict[str, str] | None = None
+    if index is not None:
         weight_map = index.get("weight_map")
         if not isinstance(weight_map, dict) or not all(
             isinstance(v, str) and v == Path(v).name and v not in ("", "..")
@@ -29,25 +41,25 @@ def find_shards(folder: Path) -> tuple[list[str], dict[str, str] | None]:
                 f"{INDEX} has no usable weight_map (tensor name -> file name)", hint=REFETCH
             )
         names = set(weight_map.values())
-    elif (folder / "model.safetensors").exists():
+    elif "model.safetensors" in listing:
         names = {"model.safetensors"}
     else:
-        names = {p.name for p in folder.glob("*.safetensors")}
+        names = set(listing)
         for match in [m for n in names if (m := re.fullmatch(r"(.*)-\d+-of-(\d+)(\..*)", n))]:
             width = len(match[2])
             for i in range(int(match[2])):
                 names.add(f"{match[1]}-{i + 1:0{width}d}-of-{match[2]}{match[3]}")
-    names |= {p.name for p in folder.glob("*mtp*.safetensors")}
-    missing = sorted(n for n in names if not (folder / n).is_file())
+    names |= {name for name in listing if "mtp" in name}
+    missing = sorted(names - listing)
     if missing:
         raise CheckpointError(
-            f"{missing[0]} is missing in {folder}"
+            f"{missing[0]} is missing in {where}"
             + (f" (and {len(missing) - 1} more files)" if len(missing) > 1 else ""),
             hint="fetch the missing files into the folder, then run this again",
         )
     if not names:
         raise CheckpointError(
-            f"no .safetensors files in {folder}",
+            f"no .safetensors files in {where}",
             hint="give the folder of a Hugging Face checkpoint (a pack needs no conversion)",
         )
     return sorted(names), weight_map

@@ -7,6 +7,7 @@ Knows nothing about models, formats or packs. Called by `checkpoint` (files from
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -39,6 +40,8 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 MAX_HEADER = 100_000_000
 """Bytes; the limit of the format's own reader. A larger claim is damage or an attack."""
+SAMPLES, SAMPLE = 16, 4096
+"""How many places of a file's data a fingerprint looks at, and how many bytes of each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,16 +93,26 @@ class Scratch:
 class TensorFile:
     """A validated safetensors file; `entries` by name, `data_start` and `size` in bytes."""
 
-    def __init__(self, path: Path, *, error: type[ModelFilesError], hint: str) -> None:
-        """Read and check the header of `path`; raises `error` naming the file and the fault."""
+    def __init__(
+        self,
+        path: Path,
+        *,
+        error: type[ModelFilesError],
+        hint: str,
+        known: tuple[int, bytes] | None = None,
+    ) -> None:
+        """Read and check the header of `path`; raises `error` naming the file and the fault.
+
+        `known`: size and first bytes (length, header) of a file that is not all here yet.
+        """
         self.path = path
         self._error = error
         self._hint = hint
         self.entries: dict[str, Entry] = {}
         self.metadata: dict[str, str] = {}
         try:
-            self.size = path.stat().st_size
-            with path.open("rb") as file:
+            self.size = path.stat().st_size if known is None else known[0]
+            with path.open("rb") if known is None else io.BytesIO(known[1]) as file:
                 head = file.read(8)
                 length = int.from_bytes(head, "little")
                 if len(head) < 8 or length > self.size - 8 or length > MAX_HEADER:
@@ -111,6 +124,12 @@ class TensorFile:
             raise self.fail(f"cannot be read ({e.strerror})") from e
         self.data_start = 8 + length
         self._parse(raw)
+
+    def samples(self) -> list[tuple[int, int]]:
+        """Byte ranges that stand for the file in a fingerprint: its header, samples of its data."""
+        room = self.size - self.data_start
+        starts = [self.data_start + room * i // SAMPLES for i in range(SAMPLES)]
+        return [(0, self.data_start), *((s, min(s + SAMPLE, self.size)) for s in starts)]
 
     def fail(self, what: str) -> ModelFilesError:
         """The caller's error about this file; `what` continues the file's name."""

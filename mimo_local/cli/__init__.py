@@ -23,6 +23,7 @@ from mimo_local.cli import (
     machine,
     packs,
     plan,
+    pull,
     replay,
     run,
     serve,
@@ -70,6 +71,7 @@ app.command(name="chat")(chat.chat)
 app.command(name="summarize")(summarize.summarize)
 app.command(name="serve")(serve.serve)
 app.command(name="run")(run.run)
+app.command(name="pull")(pull.pull)
 app.command(name="quantize")(packs.quantize)
 app.command(name="verify")(packs.verify)
 app.command(name="demo")(packs.demo)

@@ -58,6 +58,16 @@ Model = Annotated[
         "-m", "--model", help="pack or checkpoint; left out: MiMo-V2-Flash", metavar="PATH"
     ),
 ]
+Repo = Annotated[
+    str | None,
+    typer.Argument(
+        help="repository on the hub, as owner/name: sizes are read there, nothing is fetched",
+        metavar="REPO",
+    ),
+]
+Revision = Annotated[
+    str, typer.Option("--revision", help="branch, tag or commit of REPO", metavar="REV")
+]
 Context = Annotated[
     int | None,
     typer.Option("--context", help="tokens to keep room for; left out: what fits", metavar="N"),
@@ -85,6 +95,7 @@ Check = Annotated[
 
 
 def plan(
+    repo: Repo = None,
     vram: Vram = None,
     ram: Ram = None,
     disk: Disk = None,
@@ -96,6 +107,7 @@ def plan(
     pages: Pages = 100,
     format: Format = "nf4",  # noqa: A002 - the option's name
     kv_dtype: KvDtype = None,
+    revision: Revision = "main",
     measure: Measure = False,
     calibrate: Calibrate = False,
     check: Check = False,
@@ -111,9 +123,13 @@ def plan(
 
     if check:
         return checked(json=json)
+    if repo is not None and model is not None:
+        raise UsageError(
+            "a repository and --model were given: only one can be planned", hint="leave out one"
+        )
     if calibrate:
         model = calibrated(model, context, None if ram is None else size(ram))
-    config, pack, name = subject(model, format)
+    config, pack, name = remote(repo, revision, format) if repo else subject(model, format)
     budget = this_machine(model, measure=measure)
     rates = {"ram_rate": ram_rate, "disk_rate": disk_rate}
     given = {key: _rate(text) for key, text in rates.items() if text is not None}
@@ -189,6 +205,25 @@ def subject(model: Path | None, fmt: str) -> tuple[ModelConfig, PackSizes, str]:
         found = PackSizes.of_pack(jsonlib.loads(manifest.read_text(encoding="utf-8")))
         return config, found, f"the pack {model.resolve().name}"
     return config, PackSizes.estimate(config, recipe), f"{model.resolve().name} as {fmt} pack"
+
+
+def remote(repo: str, revision: str, fmt: str) -> tuple[ModelConfig, PackSizes, str]:
+    """The same of a checkpoint on the hub: exact, from the headers of its files."""
+    from mimo_local.config import ModelConfig
+    from mimo_local.pull.hub import Hub, check_repo
+    from mimo_local.pull.remote import exact_sizes, read_remote
+    from mimo_local.pull.staging import Staging
+    from quant.recipe import Recipe
+
+    recipe, nowhere, status = Recipe.for_format(fmt), Staging(Path(check_repo(repo))), Status()
+    hub = Hub()
+    try:
+        found = read_remote(hub.snapshot(repo, revision), hub, nowhere, status)
+    finally:
+        status.clear()
+        hub.close()
+    name = f"{repo} at {found.snapshot.commit[:12]} as {fmt} pack"
+    return ModelConfig.from_dict(found.checkpoint.config), exact_sizes(found, recipe), name
 
 
 def this_machine(model: Path | None = None, *, measure: bool) -> Budget:
