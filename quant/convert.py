@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -37,8 +37,10 @@ from quant.inventory import EXPERT_PARTS, expected, expert_name, layer_of
 from quant.jobs import Job, plan_bytes, plan_jobs
 from quant.journal import Journal
 from quant.layout import TensorSpec, plan_experts
+from quant.measure import Tally
 from quant.pack import JOURNAL, OnProgress, Pack
 from quant.pipeline import ahead
+from quant.quality import losses_to_json, write_conversion
 from quant.recipe import Recipe
 from quant.tensorfile import Scratch
 from quant.writer import MANIFEST, PART, PackWriter, Record
@@ -97,7 +99,7 @@ def convert(
                 meter.skip(sum(source.stored_bytes(name) for name in job.names()))
                 continue
             run = _Run(source, recipe, meter, cancel, f"{len(done)} of {len(jobs)} files", scratch)
-            done[job.file] = run.write(job, writer)
+            done[job.file] = run.write(job, writer) | {"losses": losses_to_json(run.tally.take())}
             journal.add(done[job.file])
         _finish(writer, source, head, jobs, done)
     finally:
@@ -137,6 +139,7 @@ class _Run:
     cancel: Callable[[], bool] | None
     kept: str
     scratch: Scratch
+    tally: Tally = field(default_factory=Tally)
 
     def write(self, job: Job, writer: PackWriter) -> Record:
         if job.shapes is None:
@@ -186,14 +189,17 @@ class _Run:
     def _parts(self, piece: _Piece, stored: _Loaded, out: Parts | None = None) -> Parts:
         """A piece in its format, in memory of its own or in `out`."""
         if isinstance(stored, dict):
+            self.tally.same(piece.name, piece.fmt)
             return stored if out is None else {k: out[k].copy_(v) for k, v in stored.items()}
         if isinstance(stored, torch.Tensor):
             stored = self.source.widen(piece.name, stored, self.scratch)
         try:
-            return piece.fmt.pack(stored, search=self.recipe.search, out=out)
+            parts = piece.fmt.pack(stored, search=self.recipe.search, out=out)
         except (NativeError, PackError):
             self.source.read(piece.name, piece.rows)  # knows which file holds NaN, and says so
             raise
+        self.tally.add(piece.name, piece.fmt, stored, parts)
+        return parts
 
     def _check_cancelled(self) -> None:
         if self.cancel and self.cancel():
@@ -352,6 +358,7 @@ def _finish(
 ) -> None:
     """Copy the small files, then write pack.json."""
     records = [done[job.file] for job in jobs]
+    write_conversion(writer, head, records)
     records.append(writer.copy(source.path / "config.json"))
     extra = sorted(p.name for p in source.path.glob("LICENSE*") if p.is_file())
     for name in (*_COPIED, *extra):

@@ -21,6 +21,7 @@ from mimo_local.cli import (
     config,
     history,
     machine,
+    measure,
     packs,
     plan,
     replay,
@@ -72,6 +73,7 @@ app.command(name="serve")(serve.serve)
 app.command(name="run")(run.run)
 app.command(name="quantize")(packs.quantize)
 app.command(name="verify")(packs.verify)
+app.command(name="measure")(measure.measure)
 app.command(name="demo")(packs.demo)
 app.command(name="plan")(plan.plan)
 app.command(name="doctor")(machine.doctor)
