@@ -138,12 +138,14 @@ def _weights(losses: list[Loss]) -> str:
 
 def _share(value: float) -> str:
     """A relative error as per cent, three digits of it."""
-    return f"{100 * value:.3g} %"
+    return f"{100 * value:.3g} %" if value >= 1e-6 else "0 %"
 
 
 def _short(name: str) -> str:
-    """A tensor's name without what all of them share."""
-    return name.removeprefix("model.").removesuffix(".weight")
+    """A tensor's name without what all of them share: `22.experts.14.gate_proj`."""
+    for common in ("model.", "layers.", "mlp.", "self_attn."):
+        name = name.replace(common, "")
+    return name.removesuffix(".weight")
 
 
 def _texts(reading: Reading) -> str:

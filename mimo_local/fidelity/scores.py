@@ -25,7 +25,7 @@ class _Running:
         self.target = torch.zeros(n, dtype=torch.float64)
 
     def add(self, first: int, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """z (T, B) f64, tokens from `first` on -> what older sums shrink by (T,), weights (T, B)."""
+        """z (T, B) f64, tokens from `first` on -> how older sums shrink (T,), weights (T, B)."""
         most, best = z.max(dim=1)
         self.best = torch.where(most > self.most, best + first, self.best)
         most = torch.maximum(most, self.most)
