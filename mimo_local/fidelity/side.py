@@ -23,8 +23,8 @@ from quant.formats import NATIVE_ROWS, get_format
 
 CHUNK = 512
 """Rows that go through attention and dense layers at once, as when a prompt is read."""
-VOCABULARY = 8192
-"""Logits of a row at once; the real model's whole head would be 2.5 GB in float32."""
+VOCABULARY = 2048
+"""Logits of a row at once: as float64 of 3 000 rows 50 MB, and a few such are needed."""
 EMBEDDING = "model.embed_tokens.weight"
 
 
