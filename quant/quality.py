@@ -219,6 +219,8 @@ def _about_reading(report: Report) -> list[str]:
     found, usual = reading.texts["all"], f"usual at {bits} bits:"
     exact = found.perplexity if found.source_perplexity is None else found.source_perplexity
     out = []
+    if reading.source == "another checkpoint":
+        out.append("the source is not the checkpoint this pack was made of")
     if exact > USUAL_PERPLEXITY:
         whose = "pack" if found.source_perplexity is None else "source"
         out.append(

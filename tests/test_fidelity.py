@@ -17,7 +17,7 @@ from demo_fixtures import tiny_metadata
 
 from mimo_local import cli
 from mimo_local.demo.tokenizer_files import files_from_gguf
-from mimo_local.errors import CancelledError, ExitCode, PackError, UsageError
+from mimo_local.errors import CancelledError, ExitCode, MimoError, PackError, UsageError
 from mimo_local.events import Progress
 from mimo_local.experts.passing import PassingStore
 from mimo_local.experts.store import ExpertStore
@@ -209,6 +209,19 @@ def test_the_same_logits_are_no_distance_apart() -> None:
     scores.add(z, z)
     found = scores.figures(slice(0, 5))
     assert (found.kl, found.change, found.top1) == (0, 0, 1)
+
+
+def test_logits_that_are_no_numbers_are_told_apart() -> None:
+    z = torch.zeros(2, 4)
+    for pack, source, whose in (
+        (z, z, None),
+        (z + math.nan, z, "pack"),
+        (z, z + math.inf, "source"),
+        (z - math.inf, None, "pack"),
+    ):
+        scores = Scores(torch.tensor([0, 3]), two=source is not None)
+        scores.add(pack, source)
+        assert scores.broken() == whose
 
 
 # ---- through the layers --------------------------------------------------------------------------
@@ -423,6 +436,21 @@ def test_a_damaged_pack_is_named(source: Path, nf4: Path, tmp_path: Path) -> Non
     (pack / "experts-002.safetensors").write_bytes(b"")
     with pytest.raises(PackError, match=r"experts-002"):
         run.measure(pack, source)
+
+
+def test_a_model_that_gives_no_numbers_is_refused(tmp_path: Path) -> None:
+    state = tiny.state_dict(CONFIG)
+    state["model.norm.weight"] = state["model.norm.weight"] * math.nan
+    src = with_tokenizer(tiny.write(tmp_path / "src", CONFIG, state=state))
+    with pytest.raises(MimoError, match="NaN"):
+        run.measure(convert(src, tmp_path / "pack").path, tokens=10)
+
+
+def test_another_checkpoint_is_said(nf4: Path, tmp_path: Path) -> None:
+    other = tiny.write(tmp_path / "other", CONFIG, seed=1)
+    found = run.measure(nf4, other, tokens=10)
+    assert found.reading is not None and found.reading.source == "another checkpoint"
+    assert any("made of" in warning for warning in quality.warnings(found))
 
 
 # ---- judging -------------------------------------------------------------------------------------

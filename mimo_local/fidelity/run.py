@@ -17,7 +17,7 @@ import torch
 
 from mimo_local import kernels
 from mimo_local.config import ModelConfig
-from mimo_local.errors import CancelledError, UsageError
+from mimo_local.errors import CancelledError, ModelFilesError, UsageError
 from mimo_local.events import Progress
 from mimo_local.fidelity.kept import Kept, State
 from mimo_local.fidelity.losses import layer_bytes, losses_of
@@ -225,6 +225,12 @@ class _Job:
             scores.add(logits[0], logits[1] if len(logits) == 2 else None)
             seen += logits[0].shape[1]
             tell(seen / vocabulary)
+        broken = scores.broken()
+        if broken is not None:
+            raise ModelFilesError(
+                f"the {broken} gives NaN or infinity for the texts",
+                hint="`mimo verify` checks a pack, the hub's checksums a checkpoint",
+            )
         return Reading(
             kernels.describe(), _kind(self.weights, self.exact),
             {name: scores.figures(span) for name, span in spans.items()}, self.state.drift,

@@ -67,6 +67,13 @@ class Scores:
             self._apart = self._apart * shrunk + (weights * (exact - z)).sum(dim=1)
         self._seen += pack.shape[1]
 
+    def broken(self) -> str | None:
+        """Whose logits are no numbers: "pack", "source" or nobody's."""
+        for name, side in (("source", self._source), ("pack", self._pack)):
+            if side is not None and not bool(side.losses.isfinite().all()):
+                return name
+        return None
+
     def figures(self, rows: slice) -> Figures:
         """Over some rows, once all logits were added."""
         losses = self._pack.losses[rows]
