@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -37,8 +37,10 @@ from quant.inventory import EXPERT_PARTS, expected, expert_name, layer_of
 from quant.jobs import Job, plan_bytes, plan_jobs
 from quant.journal import Journal
 from quant.layout import TensorSpec, plan_experts
+from quant.measure import Tally
 from quant.pack import JOURNAL, OnProgress, Pack
 from quant.pipeline import ahead
+from quant.quality import losses_to_json, write_conversion
 from quant.recipe import Recipe
 from quant.tensorfile import Scratch
 from quant.writer import MANIFEST, PART, PackWriter, Record
@@ -103,7 +105,7 @@ def convert(
             if supply:
                 supply.need(job)
             run = _Run(source, recipe, meter, cancel, f"{len(done)} of {len(jobs)} files", scratch)
-            done[job.file] = run.write(job, writer)
+            done[job.file] = run.write(job, writer) | {"losses": losses_to_json(run.tally.take())}
             journal.add(done[job.file])
             if supply:
                 supply.done(job)
@@ -163,6 +165,7 @@ class _Run:
     cancel: Callable[[], bool] | None
     kept: str
     scratch: Scratch
+    tally: Tally = field(default_factory=Tally)
 
     def write(self, job: Job, writer: PackWriter) -> Record:
         if job.shapes is None:
@@ -212,14 +215,17 @@ class _Run:
     def _parts(self, piece: _Piece, stored: _Loaded, out: Parts | None = None) -> Parts:
         """A piece in its format, in memory of its own or in `out`."""
         if isinstance(stored, dict):
+            self.tally.same(piece.name, piece.fmt)
             return stored if out is None else {k: out[k].copy_(v) for k, v in stored.items()}
         if isinstance(stored, torch.Tensor):
             stored = self.source.widen(piece.name, stored, self.scratch)
         try:
-            return piece.fmt.pack(stored, search=self.recipe.search, out=out)
+            parts = piece.fmt.pack(stored, search=self.recipe.search, out=out)
         except (NativeError, PackError):
             self.source.read(piece.name, piece.rows)  # knows which file holds NaN, and says so
             raise
+        self.tally.add(piece.name, piece.fmt, stored, parts)
+        return parts
 
     def _check_cancelled(self) -> None:
         if self.cancel and self.cancel():
@@ -385,6 +391,7 @@ def _finish(
 ) -> None:
     """Copy the small files, then write pack.json."""
     records = [done[job.file] for job in jobs]
+    write_conversion(writer, head, records)
     listing = {p.name for p in source.path.iterdir() if p.is_file()}
     records += [writer.copy(source.path / name) for name in copied(listing)]
     fallbacks = [fallback for job in jobs for fallback in job.fallbacks]

@@ -21,6 +21,7 @@ from mimo_local.cli import (
     config,
     history,
     machine,
+    measure,
     packs,
     plan,
     pull,
@@ -74,6 +75,7 @@ app.command(name="run")(run.run)
 app.command(name="pull")(pull.pull)
 app.command(name="quantize")(packs.quantize)
 app.command(name="verify")(packs.verify)
+app.command(name="measure")(measure.measure)
 app.command(name="demo")(packs.demo)
 app.command(name="plan")(plan.plan)
 app.command(name="doctor")(machine.doctor)

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mimo_local.cli import measure as measuring
 from mimo_local.cli import models
+from mimo_local.cli.measure import find_pack
 from mimo_local.cli.models import JsonOption
 from mimo_local.cli.status import Status, amount, duration, say
 from mimo_local.errors import CancelledError, ExitCode
@@ -23,6 +25,7 @@ from mimo_local.settings import Paths
 if TYPE_CHECKING:
     from quant.checkpoint import Checkpoint
     from quant.convert import Recipe
+    from quant.pack import Pack
 
 Source = Annotated[Path, typer.Argument(help="folder of a checkpoint", metavar="SRC")]
 Target = Annotated[
@@ -35,6 +38,9 @@ NoSearch = Annotated[
     bool, typer.Option("--no-search", help="plain largest-value scales: faster, less exact")
 ]
 Yes = Annotated[bool, typer.Option("-y", "--yes", help="do not ask before a long conversion")]
+Measure = Annotated[
+    bool, typer.Option("--measure", help="then read texts with source and pack: KL, perplexity")
+]
 ASK_S = 600  # a conversion predicted to take longer is confirmed first
 
 
@@ -57,9 +63,10 @@ def quantize(
     head: Head = None,
     mtp: Mtp = None,
     no_search: NoSearch = False,
+    measure: Measure = False,
     yes: Yes = False,
 ) -> int:
-    """Make a pack of a checkpoint.
+    """Make a pack of a checkpoint, and say what it lost.
 
     Run the same command again to resume an interrupted conversion.
     """
@@ -81,8 +88,21 @@ def quantize(
     finally:
         status.clear()
     say(f"{amount(pack.nbytes, 'bytes')} written")
+    report_on(pack, src if measure else None)
     print(target)
     return ExitCode.OK
+
+
+def report_on(pack: Pack, source: Path | None) -> None:
+    """What the conversion found about the weights, on stderr; with `source` also about texts."""
+    from quant import quality
+
+    report = quality.read(pack) if source is None else measuring.run(pack.path, source)
+    if report is None:  # a pack that was there already, made by an older version
+        return
+    say(measuring.tables_of(report))
+    for warning in quality.warnings(report):
+        say(f"warning: {warning}")
 
 
 def folder_for(dst: Path) -> Path:
@@ -132,9 +152,8 @@ def verify(
     """Compare every byte of a pack with its checksums."""
     from quant.pack import Pack
 
-    named = Paths.default().packs_dir / pack
     status = Status()
-    opened = Pack.open(named if not pack.exists() and named.exists() else pack)
+    opened = Pack.open(find_pack(pack))
     try:
         opened.verify(status)
     finally:
