@@ -369,7 +369,7 @@ def test_tiny_models_give_the_same_ids_in_company(tmp_path: Path, ram: str) -> N
 def test_a_prompt_that_is_known_already_is_answered_as_the_first_time(
     tmp_path: Path, n: int
 ) -> None:
-    """Bit for bit: its last row goes through the model alone, whether others do before it or not."""
+    """Bit for bit: its last row goes through the model alone, whatever goes before it."""
     config = tiny.config("fsfs", "dmmm", experts=16, top_k=4, hidden=64, moe_intermediate=64)
     convert(tiny.write(tmp_path / "m", config), tmp_path / "pack", Recipe.for_format("nf4"))
     g = torch.Generator().manual_seed(n)
