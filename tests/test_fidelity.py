@@ -343,6 +343,46 @@ def test_alone_a_pack_has_a_perplexity_and_keeps_what_was_measured(
     assert kept is not None and kept.reading == beside
 
 
+def test_a_better_witness_stays(source: Path, nf4: Path, tmp_path: Path, short: Path) -> None:
+    """Beside its own checkpoint > beside something else > alone; losses only of its own."""
+    pack = copy_of(nf4, tmp_path / "pack")
+    (pack / quality.FILE).unlink()
+    other = convert(source, tmp_path / "int8", Recipe.for_format("int8")).path
+    kept = []
+    for beside in (None, other, None, source, other, None):
+        found = run.measure(pack, beside)
+        assert found.losses or beside is None
+        report = run.stored_report(pack)
+        assert report is not None and report.reading is not None
+        kept.append((report.reading.source, bool(report.losses)))
+    assert kept == [
+        (None, False),
+        ("another pack", False),
+        ("another pack", False),
+        *[("its checkpoint", True)] * 3,
+    ]
+
+
+def test_a_pack_that_cannot_be_written_to_is_measured_all_the_same(
+    nf4: Path, tmp_path: Path, short: Path
+) -> None:
+    pack = copy_of(nf4, tmp_path / "pack")
+    (pack / quality.FILE).unlink()
+    (pack / quality.FILE).mkdir()
+    notes: list[str] = []
+    assert run.measure(pack, note=notes.append).reading is not None
+    assert "not written into the pack" in notes[0]
+
+
+@pytest.fixture
+def short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A shipped text of a few words."""
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "english.txt").write_text("a short one, for speed")
+    monkeypatch.setattr(run, "TEXTS", tmp_path / "texts")
+    return tmp_path / "texts"
+
+
 # ---- stopping and going on -----------------------------------------------------------------------
 
 
@@ -531,10 +571,8 @@ def test_a_conversion_ends_with_its_table(
     source: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    short: Path,
 ) -> None:
-    (tmp_path / "english.txt").write_text("a short one, for speed")
-    monkeypatch.setattr(run, "TEXTS", tmp_path)
     args = ["quantize", str(source), str(tmp_path / "pack"), "--format", "int8", "--yes"]
     assert cli.main(args) == 0
     out, err = capsys.readouterr()

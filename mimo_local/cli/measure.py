@@ -74,10 +74,15 @@ def run(
 
     set_threads(threads)
     status, keep = Status(), Paths.default().cache_dir / "measure"
+    notes: list[str] = []
     try:
-        return measured(pack, source, text=text, tokens=tokens, keep=keep, on_progress=status)
+        return measured(
+            pack, source, text=text, tokens=tokens, keep=keep, on_progress=status, note=notes.append
+        )
     finally:
         status.clear()
+        for note in notes:
+            say(f"note: {note}")
 
 
 def _stored(pack: Path) -> Report:

@@ -17,7 +17,13 @@ import torch
 
 from mimo_local import kernels
 from mimo_local.config import ModelConfig
-from mimo_local.errors import CancelledError, ModelFilesError, UsageError
+from mimo_local.errors import (
+    CancelledError,
+    DiskSpaceError,
+    ModelFilesError,
+    PackError,
+    UsageError,
+)
 from mimo_local.events import Progress
 from mimo_local.fidelity.kept import Kept, State
 from mimo_local.fidelity.losses import layer_bytes, losses_of
@@ -30,6 +36,7 @@ from quant.measure import Sums
 from quant.pack import Pack
 from quant.quality import Reading, Report
 
+ITS_OWN = "its checkpoint"
 TEXTS = Path(__file__).parent / "texts"
 Source: TypeAlias = PackWeights | CheckpointWeights
 
@@ -119,11 +126,13 @@ def measure(
     tokens: int | None = None,
     keep: Path | None = None,
     on_progress: OnProgress | None = None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> Report:
     """The pack's report, with a new reading of the texts.
 
     It is written into the pack's folder, but a reading of other texts or of fewer tokens is not,
-    nor one without a source over one that had one.
+    nor one beside nothing or something else over one beside the pack's own checkpoint; `note` is
+    told if it cannot be.
 
     `source`: the checkpoint it was made of, or another pack; without one the pack reads alone.
     `text`: instead of the shipped ones; `tokens`: most of each text. `keep`: folder for what was
@@ -143,15 +152,32 @@ def measure(
         reading = job.run(kept)
     except KeyboardInterrupt:
         raise _stopped(kept, job.state) from None
-    report = dataclasses.replace(report, losses=report.losses or job.state.losses)
-    old = report.reading
-    full = text is None and tokens is None
-    if full and (exact is not None or old is None or old.source is None):
-        quality.write(weights.pack, dataclasses.replace(report, reading=reading))
-    elif report.losses:
-        quality.write(weights.pack, report)
     kept.remove()
-    return dataclasses.replace(report, reading=reading)
+    found = Report(report.losses or job.state.losses, reading)
+    full = text is None and tokens is None
+    try:
+        _write(weights, report, found, full=full)
+    except (PackError, DiskSpaceError) as error:  # minutes of work are not lost with it
+        note(f"the report was not written into the pack: {error}")
+    return found
+
+
+def _write(weights: PackWeights, old: Report, found: Report, *, full: bool) -> None:
+    """Put into the pack's folder what is worth more than what is there."""
+    new, before = found.reading, old.reading
+    its_own = new is not None and new.source == ITS_OWN
+    losses = found.losses if its_own else old.losses
+    keep = before if not full or _worth(new) < _worth(before) else new
+    report = Report(losses, keep)
+    if report != old:
+        quality.write(weights.pack, report)
+
+
+def _worth(reading: Reading | None) -> int:
+    """Beside the pack's own checkpoint a reading says most."""
+    if reading is None or reading.source is None:
+        return int(reading is not None)
+    return 3 if reading.source == ITS_OWN else 2
 
 
 def _stopped(kept: Kept, state: State) -> CancelledError:
@@ -244,7 +270,7 @@ def _kind(weights: PackWeights, exact: Source | None) -> str | None:
     if isinstance(exact, PackWeights):
         return "another pack"
     made_of = weights.pack.manifest["source"]["fingerprint"]
-    return "its checkpoint" if exact.checkpoint.fingerprint() == made_of else "another checkpoint"
+    return ITS_OWN if exact.checkpoint.fingerprint() == made_of else "another checkpoint"
 
 
 def _check_alike(one: ModelConfig, other: ModelConfig) -> None:
