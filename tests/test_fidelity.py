@@ -583,3 +583,7 @@ def test_a_conversion_ends_with_its_table(
     assert out == f"{tmp_path / 'pack'}\n" and "| english" in err
     found = run.stored_report(tmp_path / "pack")
     assert found is not None and found.reading is not None
+    assert cli.main(["measure", str(tmp_path / "pack"), "--stored"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split()[1] for line in lines if line.startswith(("| english", "| all"))]
+    assert rows == ["english", "all"]

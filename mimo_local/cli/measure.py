@@ -157,7 +157,7 @@ def _texts(reading: Reading) -> str:
     from mimo_local.cli.tables import table
 
     rows: list[tuple[str, ...]] = []
-    for name, found in reading.texts.items():
+    for name, found in sorted(reading.texts.items(), key=lambda item: (item[0] == "all", item[0])):
         row: tuple[str, ...] = (name, f"{found.positions:,}", f"{found.perplexity:.4g}")
         if (
             found.source_perplexity is not None and found.change is not None
