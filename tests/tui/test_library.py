@@ -67,6 +67,21 @@ async def test_the_list_opens_beside_the_chat_or_over_it(db: Path, size) -> None
         assert stage.app.focused is stage.screen.prompt
 
 
+async def test_titles_are_cut_to_the_width_there_is_also_when_it_changes(db: Path) -> None:
+    with History.open(db) as history:
+        chat = history.new_chat()
+        words = "Which clauses of the contract with the port authority end it early?"
+        history.add(chat, Message("user", words), parent=None)
+    async with staged(FakeEngine(), size=LARGE, history=db) as stage:
+        await open_list(stage, 3)
+        await stage.until(lambda: "Which clauses" in stage.text())
+        assert "port authority" not in stage.text()
+        await stage.pilot.resize_terminal(90, 24)  # the list alone, as wide as the window
+        await stage.until(lambda: "port authority" in stage.text())
+        await stage.pilot.resize_terminal(*LARGE)
+        await stage.until(lambda: "port authority" not in stage.text())
+
+
 @SIZES
 async def test_search_as_one_types_and_go_to_the_place(db: Path, size) -> None:
     async with staged(FakeEngine(), size=size, history=db) as stage:

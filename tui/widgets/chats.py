@@ -116,6 +116,9 @@ class ChatOptions(OptionList):
 class ChatList(Vertical):
     """Search field, rows, and a line that says what there is."""
 
+    _current: int | None = None
+    """The chat that is open."""
+
     def compose(self) -> ComposeResult:
         """Top to bottom."""
         yield ChatSearch(placeholder="search all chats", id="chat-search")
@@ -138,10 +141,8 @@ class ChatList(Vertical):
             return  # typed on meanwhile: another answer is on its way
         options = self.query_one(ChatOptions)
         before = options.row
-        options.rows = tuple(rows)
-        now = time.time()
-        width = max(20, self.content_size.width - 3)  # padding and the scroll bar
-        options.set_options([Option(described(row, now, current, width)) for row in rows])
+        options.rows, self._current = tuple(rows), current
+        self._fit()
         same = (n for n, r in enumerate(rows) if before is not None and r.chat == before.chat)
         options.highlighted = next(same, 0) if rows else None
         if text:
@@ -149,6 +150,19 @@ class ChatList(Vertical):
         else:
             words = count(len(rows), "chat") if rows else "no chat is saved yet"
         self.query_one("#chat-count", Static).update(words)
+
+    def on_resize(self) -> None:
+        """Rows may come before the list has its width, and it changes with the window."""
+        at = self.query_one(ChatOptions).highlighted
+        self._fit()
+        self.query_one(ChatOptions).highlighted = at
+
+    def _fit(self) -> None:
+        """Cut each row to the width there is."""
+        options, now = self.query_one(ChatOptions), time.time()
+        width = max(20, self.content_size.width - 3)  # padding and the scroll bar
+        rows = (described(row, now, self._current, width) for row in options.rows)
+        options.set_options([Option(row) for row in rows])
 
     @on(Input.Changed)
     def _typed(self, event: Input.Changed) -> None:
