@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from mimo_local.cache import KVCache
     from mimo_local.config import ModelConfig
-    from mimo_local.events import ExpertFigures
+    from mimo_local.events import DraftFigures, ExpertFigures
     from mimo_local.generate import Drafting
     from mimo_local.model import Model
     from mimo_local.runs import Recorder
@@ -164,6 +164,13 @@ class Engine:
         None where all of them lie in RAM, and before the first answer. For any thread.
         """
         return figures(self._model.experts, self._scheduler.meters)
+
+    def drafts_now(self) -> DraftFigures | None:
+        """What drafting has done for the answer that is written alone, or did for the last one.
+
+        None where nobody drafts. For any thread.
+        """
+        return None if self._drafting is None else self._drafting.controller.figures
 
     def logits(self, ids: Sequence[int]) -> Tensor:
         """Logits (T, V) f32 after each of `ids`; touches no session. Waits for its turn."""

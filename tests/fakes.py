@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from mimo_local.errors import MimoError, UsageError
 from mimo_local.events import (
     Done,
+    DraftFigures,
     Event,
     ExpertFigures,
     Failed,
@@ -215,6 +216,8 @@ class FakeEngine:
         self.closed = False
         self.experts: ExpertFigures | None = None
         """What the tiers of a model that is partly on disk did, in each answer alike."""
+        self.drafts: DraftFigures | None = None
+        """What drafting did so far, while an answer is written."""
         self._reply = reply or (lambda prompt: "fake answer")
         self._answers: deque[Answer] = deque()
         for chunks in answers:
@@ -258,6 +261,9 @@ class FakeEngine:
 
     def experts_now(self) -> ExpertFigures | None:
         return self.experts
+
+    def drafts_now(self) -> DraftFigures | None:
+        return self.drafts
 
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
         raise UsageError("a fake engine has no logits", hint="load a model")

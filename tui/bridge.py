@@ -29,6 +29,7 @@ from tui.messages import (
     AnswerFailed,
     Attached,
     AttachFailed,
+    Drafts,
     FileInfo,
     LoadFailed,
     Loading,
@@ -209,7 +210,7 @@ class Bridge:
         meter, reading, tiers = Meter(), Pacer(), Pacer(every=TIERS_S)
         for event in reply:
             if tiers.due():
-                self._post_tiers(engine, meter.pace.tokens)
+                self._post_figures(engine, meter.pace.tokens)
             match event:
                 case Prefill():
                     if reading.due(last=event.done >= event.total):
@@ -272,7 +273,10 @@ class Bridge:
             if self._closing.wait(MACHINE_S):
                 return
 
-    def _post_tiers(self, engine: Backend, tokens: int) -> None:
+    def _post_figures(self, engine: Backend, tokens: int) -> None:
+        drafts = engine.drafts_now()
+        if drafts is not None and tokens:
+            self._post(Drafts(drafts))
         found = engine.experts_now()
         if found is None:
             return

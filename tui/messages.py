@@ -13,7 +13,14 @@ from typing import Literal
 from textual.message import Message
 
 from mimo_local.errors import MimoError
-from mimo_local.events import ExpertFigures, FinishReason, Prefill, Progress, Stats
+from mimo_local.events import (
+    DraftFigures,
+    ExpertFigures,
+    FinishReason,
+    Prefill,
+    Progress,
+    Stats,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,6 +249,13 @@ class Tiers(Message):
     experts: ExpertFigures
     disk_bytes_per_token: float
     disk_bytes_per_s: float = 0.0
+
+
+@dataclass
+class Drafts(Message):
+    """What drafting did for the running answer so far; only where somebody drafts."""
+
+    figures: DraftFigures
 
 
 @dataclass

@@ -135,6 +135,9 @@ class Remote:
             self._soon(lambda: self._begin(asked, running))
         return running.stream
 
+    def drafts_now(self) -> None:
+        """Nobody knows how the server drafts."""
+
     def experts_now(self) -> None:
         """Nothing is known of a server's experts."""
 

@@ -14,7 +14,7 @@ from textual.message import Message as TextualMessage
 
 from mimo_local.chat import PRESETS, Chat, Message
 from mimo_local.errors import BusyError, ContextOverflowError
-from mimo_local.events import ExpertFigures, Progress, Stats
+from mimo_local.events import DraftFigures, ExpertFigures, Progress, Stats
 from tui import bridge
 from tui.bridge import Bridge, ChatDefaults
 from tui.machine import Gauge
@@ -24,6 +24,7 @@ from tui.messages import (
     AnswerFailed,
     Attached,
     AttachFailed,
+    Drafts,
     LoadFailed,
     Loading,
     Machine,
@@ -440,3 +441,16 @@ def test_disk_speed_is_what_came_between_two_looks(drive, monkeypatch) -> None:
     assert speeds[1] > 0
     assert speeds[2] == 0.0
     assert all(s >= 0 for s in speeds), "counting anew is no negative speed"
+
+
+def test_how_often_drafts_are_right_is_seen_while_the_answer_runs(drive, monkeypatch) -> None:
+    monkeypatch.setattr(bridge, "TIERS_S", 0.0)
+    engine = FakeEngine(["a", "b", "c"])
+    engine.drafts = DraftFigures((1, 4), (4,), (3,))
+    driver = drive(lambda on_event: engine)
+    driver.wait_for(Ready)
+    driver.bridge.ask(asked())
+    driver.wait_for(AnswerDone)
+    kinds = [type(m) for m in driver.messages]
+    assert Drafts in kinds[: kinds.index(AnswerDone)]
+    assert all(m.figures == engine.drafts for m in driver.messages if isinstance(m, Drafts))

@@ -21,6 +21,7 @@ from tui.messages import (
     Attached,
     AttachFailed,
     Detached,
+    Drafts,
     Found,
     KeepFailed,
     Kept,
@@ -171,6 +172,10 @@ class Receiver(Screen[None]):
     @on(Noted)
     async def _noted(self, message: Noted) -> None:
         await self.query_one(Transcript).note(message.text)
+
+    @on(Drafts)
+    def _drafts(self, message: Drafts) -> None:
+        self.query_one(Meters).drafts = message.figures
 
     @on(Tiers)
     def _tiers(self, message: Tiers) -> None:

@@ -35,7 +35,7 @@ class Meters(Widget):
 
     machine: reactive[Machine | None] = reactive(None)
     drafts: reactive[DraftFigures | None] = reactive(None)
-    """Of the last answer."""
+    """Of the running answer, else of the last one."""
     disk: reactive[float] = reactive(0.0)
     """Bytes a second of experts read while an answer runs."""
 
