@@ -61,6 +61,8 @@ def test_right_numbers_with_few_waits_and_no_byte_too_many(pack: Path) -> None:
     assert found["planned"] <= found["bytes"] <= found["planned"] + 64 * 1024
 
 
+# Waits are the same for every format; NF4 by bitsandbytes' reference takes five times as long.
+@pytest.mark.parametrize("pack", ["int8"], indirect=True)
 @pytest.mark.parametrize(
     "case", ["no wait for arrival", "staging refilled too early", "results read too early"]
 )
