@@ -7,6 +7,7 @@ with one scale per row and head. `cache` makes one per layer, commits and takes 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -89,7 +90,7 @@ Rows: TypeAlias = dict[str, torch.Tensor]
 """What a layer stores of some positions, by name; dimension 0 of each tensor is the position."""
 
 
-class _Store:
+class _Store(ABC):
     k: torch.Tensor
     v: torch.Tensor
     stored: Rows
@@ -120,9 +121,9 @@ class _Store:
         parts = self.stored.values()
         return sum(part.itemsize * math.prod(part.shape[1:]) for part in parts)
 
+    @abstractmethod
     def blank(self, first: int, n: int) -> Rows:
         """Forget all rows; those of positions first .. first + n, for the caller to write."""
-        raise NotImplementedError
 
     def load(self, first: int, rows: Rows) -> None:
         """Take over what `rows` gave: of a snapshot, of another cache, of a file."""
