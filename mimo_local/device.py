@@ -1,16 +1,54 @@
-"""Streams, events and pinned memory of whatever accelerator there is; plain calls without one.
+"""Which part runs where; streams, events and pinned memory of whatever accelerator there is.
 
 The one place that names them, always by torch's device-generic interface, so that the same lines
 run on CUDA, on a stand-in device in the tests, and on the CPU (where every copy is over when it
-returns). Knows no model. Called by `experts.vram`.
+returns). Knows no model. Called by `model` and by
+the experts' stores.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Final
 
 import torch
+
+HOST: Final = torch.device("cpu")
+
+
+@dataclass(frozen=True, slots=True)
+class Devices:
+    """Where the parts of a model besides its experts run: on the host or on one accelerator.
+
+    The embedding is looked up on the host always: a step needs a row per token of it.
+    """
+
+    layers: tuple[torch.device, ...]
+    """By layer: its weights, its keys and values."""
+    head: torch.device
+    drafter: torch.device
+    pretend: bool = False
+    """Take the accelerator's way on the CPU too, instead of the native kernels: for tests."""
+
+    @classmethod
+    def all_on(cls, device: torch.device | str, layers: int, *, pretend: bool = False) -> Devices:
+        """Everything on one device."""
+        where = torch.device(device)
+        return cls((where,) * layers, where, where, pretend)
+
+    def of(self, device: torch.device) -> torch.device | None:
+        """`device` as the layers are told: None for the host's own way."""
+        return device if self.pretend or is_accelerator(device) else None
+
+    @property
+    def accelerator(self) -> torch.device | None:
+        """The device that takes part, if there is one."""
+        for device in (*self.layers, self.head, self.drafter):
+            if self.of(device) is not None:
+                return device
+        return None
 
 
 def is_accelerator(device: torch.device) -> bool:
@@ -21,6 +59,17 @@ def is_accelerator(device: torch.device) -> bool:
 def host_buffer(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Host memory that `device` can copy from and to without a detour: pinned where that exists."""
     return torch.empty(shape, dtype=dtype, pin_memory=is_accelerator(device))
+
+
+def moved(x: torch.Tensor, device: torch.device | None) -> torch.Tensor:
+    """x on `device` (None: the host). Upwards it does not wait; downwards it does."""
+    target = HOST if device is None else device
+    if x.device == target or (x.device.type == target.type and target.index is None):
+        return x
+    if not is_accelerator(target):
+        return x.to(target)
+    staged = host_buffer(tuple(x.shape), x.dtype, target)
+    return staged.copy_(x).to(target, non_blocking=True)
 
 
 class Mark:
