@@ -2,8 +2,7 @@
 
 The one place that names them, always by torch's device-generic interface, so that the same lines
 run on CUDA, on a stand-in device in the tests, and on the CPU (where every copy is over when it
-returns). Knows no model. Called by `model` and by
-the experts' stores.
+returns). Knows no model. Called by `model` and by the experts' stores.
 """
 
 from __future__ import annotations
