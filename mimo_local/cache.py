@@ -15,7 +15,7 @@ from typing import Final, Protocol
 
 import torch
 
-from mimo_local.cache_layers import FullKV, Place, RingKV, Rows, View, stored_dtype
+from mimo_local.cache_layers import FullKV, Place, RingKV, Rows, View, kept, stored_dtype
 from mimo_local.config import ModelConfig
 from mimo_local.errors import UsageError
 
@@ -43,9 +43,9 @@ class Snapshot:
     @property
     def nbytes(self) -> int:
         """Bytes of the copies of rings, and of what drafting keeps."""
-        kept = [rows for _, rows in self.rings.values()]
-        kept += [] if self.draft is None else [self.draft[1]]
-        return sum(part.nbytes for rows in kept for part in rows.values())
+        held = [rows for _, rows in self.rings.values()]
+        held += [] if self.draft is None else [self.draft[1]]
+        return sum(part.nbytes for rows in held for part in rows.values())
 
     def reach(self, n: int) -> int:
         """Most rows, up to n, that `restore` and a cut get to; 0 if they cannot."""
@@ -65,7 +65,7 @@ class Follower(Protocol):
     def snapshot(self) -> tuple[int, Rows]:
         """What `restore` needs: the position of the first row, copies of rows."""
 
-    def restore(self, kept: tuple[int, Rows], n: int) -> None:
+    def restore(self, point: tuple[int, Rows], n: int) -> None:
         """Go back to a snapshot made at n rows."""
 
 
@@ -79,19 +79,22 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         slack: int = 4,
         capacity_hint: int = 0,
-        device: torch.device | str | None = None,
+        device: torch.device | str | Sequence[torch.device] | None = None,
     ) -> None:
         """`slack`: rows that can always be taken back: deepest draft + 1; `capacity_hint`: rows.
 
         `dtype`: float32, bfloat16, or int8: full layers in 8 bits, sliding ones in bfloat16.
+        `device`: of all layers, or one for each.
         """
         self.config, self.dtype, self.slack = config, dtype, slack
-        where = torch.device(device) if device is not None else torch.get_default_device()
+        if device is None or isinstance(device, (str, torch.device)):
+            where = torch.device(device) if device is not None else torch.get_default_device()
+            device = [where] * config.n_layers
         self.layers: list[RingKV | FullKV] = [
             FullKV(spec, capacity_hint, stored_dtype(spec, dtype), where)
             if spec.window is None
             else RingKV(spec, slack, stored_dtype(spec, dtype), where)
-            for spec in config.layers
+            for spec, where in zip(config.layers, device, strict=True)
         ]
         self.length = 0
         """Committed rows = the position of the next token."""
@@ -215,7 +218,7 @@ class KVCache:
         for i, ring in enumerate(self.layers):
             if isinstance(ring, RingKV):
                 first, rows = ring.rows(self.length)
-                rings[i] = (first, {name: part.clone() for name, part in rows.items()})
+                rings[i] = (first, {name: kept(part) for name, part in rows.items()})
         draft = None if self.draft is None else self.draft.snapshot()
         return self.adopt(self.length, rings, draft)
 
@@ -238,9 +241,9 @@ class KVCache:
         """Wanted points that the committed rows have passed; the rings kept theirs aside."""
         rings = {i: layer for i, layer in enumerate(self.layers) if isinstance(layer, RingKV)}
         for n in [n for n in self._wanted if n <= self.length]:
-            kept = {i: ring.caught.pop(n) for i, ring in rings.items() if n in ring.caught}
-            if len(kept) == len(rings):
-                self._caught.append(self.adopt(n, kept, None))
+            aside = {i: ring.caught.pop(n) for i, ring in rings.items() if n in ring.caught}
+            if len(aside) == len(rings):
+                self._caught.append(self.adopt(n, aside, None))
         self._wanted = tuple(n for n in self._wanted if n > self.length)
         for ring in rings.values():
             ring.wanted = self._wanted

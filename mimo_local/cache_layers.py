@@ -211,7 +211,7 @@ class RingKV(_Store):
         for n in self.wanted:
             if before < n <= end:
                 a, b = max(0, n - self.keep - first), n - first
-                self.caught[n] = first + a, {"k": view.k[a:b].clone(), "v": view.v[a:b].clone()}
+                self.caught[n] = first + a, {"k": kept(view.k[a:b]), "v": kept(view.v[a:b])}
 
     def advance(self, length: int, n_new: int) -> None:
         """Commit the rows of the last append; `length` is the one before them."""
@@ -285,7 +285,9 @@ class FullKV(_Store):
         """Nothing to do: rows below the cache's length count."""
 
     def _grow(self, length: int, end: int) -> None:
-        capacity = max(end, self.capacity * 3 // 2, 64)
+        # Memory nobody has written costs nothing on the host; on a device it does.
+        more = self.capacity // (2 if self.k.device.type == "cpu" else 8)
+        capacity = max(end, self.capacity + more, 64)
         larger = {}
         for name, old in self.stored.items():
             larger[name] = _empty((capacity, *old.shape[1:]), old.dtype, old.device)
@@ -313,6 +315,11 @@ class FullKV(_Store):
         """Rows 0 .. `length` in memory of their own, with room for some more."""
         self.capacity = 0
         self._grow(length, length + length // 4)
+
+
+def kept(rows: torch.Tensor) -> torch.Tensor:
+    """A copy to return to, in the host's memory: that of a device is too dear for it."""
+    return rows.clone() if rows.device.type == "cpu" else rows.cpu()
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -13,14 +13,22 @@ import dataclasses
 import torch
 
 from mimo_local.cache import KVCache
-from mimo_local.cache_layers import SPARE_ROWS, Rows
+from mimo_local.cache_layers import SPARE_ROWS, Rows, kept
 from mimo_local.config import ModelConfig
+from mimo_local.device import HOST
 
 
 class DraftCache:
     """A `cache.Follower`; filled by `generate` (hidden states) and `mtp` (rings)."""
 
-    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, slack: int = 4) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype: torch.dtype,
+        slack: int = 4,
+        device: torch.device = HOST,
+    ) -> None:
         """For a config with MTP layers; `dtype` of the rings, hidden states are float32."""
         spec = config.mtp_layer
         if spec is None or spec.window is None:
@@ -28,11 +36,14 @@ class DraftCache:
         one = dataclasses.replace(
             config, layers=(dataclasses.replace(spec, index=0),), n_mtp_layers=0, mtp_layer=None
         )
-        self.rings = [KVCache(one, dtype=dtype, slack=slack) for _ in range(config.n_mtp_layers)]
+        self.rings = [
+            KVCache(one, dtype=dtype, slack=slack, device=device)
+            for _ in range(config.n_mtp_layers)
+        ]
         self.keep = spec.window + slack
         """Hidden states that are always there, once they were: a window, after going back."""
         with torch.inference_mode(False):
-            self._rows = torch.empty((self.keep + SPARE_ROWS, config.hidden_size))
+            self._rows = torch.empty((self.keep + SPARE_ROWS, config.hidden_size), device=device)
         self.first = 0
         """Position of the first hidden state."""
         self.length = 0
@@ -82,12 +93,12 @@ class DraftCache:
     def snapshot(self) -> tuple[int, Rows]:
         """(position of the first, hidden states): the rings are made again when they are needed."""
         start = max(self.first, self.length - self.keep)
-        return start, {"hidden": self.hidden(start).clone()}
+        return start, {"hidden": kept(self.hidden(start))}
 
-    def restore(self, kept: tuple[int, Rows], n: int) -> None:
+    def restore(self, point: tuple[int, Rows], n: int) -> None:
         """Go back to a snapshot made at n rows."""
         self.truncate(n)
-        start, rows = kept[0], kept[1]["hidden"]
+        start, rows = point[0], point[1]["hidden"]
         self._begin(start)
         self.add(rows, start + rows.shape[0])
 

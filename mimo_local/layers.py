@@ -1,22 +1,22 @@
 """One layer: attention, then an MLP or experts, each on the normed residual stream.
 
 Two ways through the same layer: native calls of half a layer each (`blocks`), and the torch way,
-taken where there is no library, against which the calls are tested. Constant after loading: caches
-come with the step. Called by `model` for all layers of a few rows, by `prefill` layer by layer.
+taken on an accelerator and where there is no library, against which the calls are tested. Constant
+after loading: caches come with the step. Called by `model` for all layers of a few rows, by
+`prefill` layer by layer.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 
-from mimo_local import kernels, ops
+from mimo_local import device_attention, kernels, ops
 from mimo_local.blocks import (
     KV_DTYPES,
     NativeAttention,
@@ -29,44 +29,53 @@ from mimo_local.blocks import (
 from mimo_local.cache import KVCache
 from mimo_local.config import Attention as Kind
 from mimo_local.config import LayerSpec, ModelConfig
+from mimo_local.device_linear import placed, placed_tensor
 from mimo_local.experts.store import Store
 from mimo_local.weights import QuantLinear, Weights, stack
+from quant.on_device import activations
 
 Trace: TypeAlias = Callable[[str, torch.Tensor], None]
 
 
-@dataclass(frozen=True, slots=True)
 class Step:
     """What the layers of one forward share."""
 
-    caches: list[KVCache]
-    counts: list[int]
-    rope: dict[Kind, tuple[torch.Tensor, torch.Tensor]]
-    """cos and sin (T, 1, r) by kind of attention."""
-    sequences: ctypes.Array[kernels.Sequence] | None
-    """The caches as the native library sees them; None where it cannot be used."""
-    at: int = 0
-    """Rows of each cache that came before these and are not committed."""
-
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         caches: list[KVCache],
         counts: list[int],
         ropes: dict[Kind, ops.RopeTable],
-        device: torch.device,
         at: int = 0,
-    ) -> Step:
-        """The next `counts` rows of these caches."""
-        spans = [(cache.length + at, n) for cache, n in zip(caches, counts, strict=True)]
-        rope = {kind: table.rows(spans) for kind, table in ropes.items()}
-        sequences = sequences_of(caches, counts, at) if served(caches, device) else None
-        return cls(caches, counts, rope, sequences, at)
+        *,
+        native: bool = True,
+    ) -> None:
+        """The next `counts` rows of these caches; `at` rows of each came before, uncommitted.
+
+        `native`: by the library, where it serves.
+        """
+        self.caches, self.counts, self.at, self._native = caches, counts, at, native
+        self._ropes = ropes
+        self._spans = [(cache.length + at, n) for cache, n in zip(caches, counts, strict=True)]
+        self._turns: dict[tuple[Kind, torch.device | None], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    @cached_property
+    def sequences(self) -> ctypes.Array[kernels.Sequence] | None:
+        """The caches as the native library sees them; None where it is not used."""
+        if not (self._native and served(self.caches)):
+            return None
+        return sequences_of(self.caches, self.counts, self.at)
+
+    def turns(self, kind: Kind, device: torch.device | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin (T, 1, r) of a kind of attention, on a device; None: on the host."""
+        found = self._turns.get((kind, device))
+        if found is None:
+            found = self._turns[kind, device] = self._ropes[kind].rows(self._spans, device)
+        return found
 
 
-def served(caches: list[KVCache], device: torch.device) -> bool:
-    """Whether the library serves them: this machine's memory, one dtype of keys and values."""
-    if kernels.get() is None or device.type != "cpu":
+def served(caches: list[KVCache]) -> bool:
+    """Whether the library serves them: there is one, and one dtype of keys and values."""
+    if kernels.get() is None:
         return False
     dtype = caches[0].dtype
     return dtype in KV_DTYPES and all(cache.dtype == dtype for cache in caches)
@@ -75,14 +84,25 @@ def served(caches: list[KVCache], device: torch.device) -> bool:
 class Attention:
     """Grouped attention of one layer; queries, keys and values come from one product."""
 
-    def __init__(self, weights: Weights, spec: LayerSpec, config: ModelConfig, prefix: str) -> None:
+    def __init__(
+        self,
+        weights: Weights,
+        spec: LayerSpec,
+        config: ModelConfig,
+        prefix: str,
+        device: torch.device | None,
+    ) -> None:
         """`prefix`: of the layer's tensors; `spec.index`: its number in the caches it is given."""
         prefix += "self_attn."
-        self.spec = spec
-        self.qkv = stack([weights.linear(f"{prefix}{part}_proj.weight") for part in "qkv"])
-        self.out = weights.linear(prefix + "o_proj.weight")
-        self.sink = weights.tensor(prefix + "attention_sink_bias") if spec.has_sink else None
+        self.spec, self.device = spec, device
+        joint = stack([weights.linear(f"{prefix}{part}_proj.weight") for part in "qkv"])
+        self.qkv = placed(joint, device)
+        self.out = placed(weights.linear(prefix + "o_proj.weight"), device)
+        self.sink: torch.Tensor | None = None
+        if spec.has_sink:
+            self.sink = placed_tensor(weights.tensor(prefix + "attention_sink_bias"), device)
         self.value_scale = config.value_scale
+        self._attention = ops.attention if device is None else device_attention.attention
 
     def __call__(self, x: torch.Tensor, step: Step) -> torch.Tensor:
         """x (T, D) normed -> (T, D); appends to every sequence's cache."""
@@ -90,7 +110,7 @@ class Attention:
         joint = self.qkv(x)
         turned = (spec.heads + spec.kv_heads) * spec.head_dim
         qk = joint[:, :turned].view(n, -1, spec.head_dim)
-        ops.rotate_(qk, *step.rope[spec.attention])
+        ops.rotate_(qk, *step.turns(spec.attention, self.device))
         q, k = qk[:, : spec.heads], qk[:, spec.heads :]
         v = joint[:, turned:].view(n, spec.kv_heads, spec.v_head_dim)
         if self.value_scale != 1.0:
@@ -105,7 +125,7 @@ class Attention:
         spec, n = self.spec, x.shape[0]
         joint = self.kv(x)
         k = joint[:, : spec.kv_heads * spec.head_dim].view(n, -1, spec.head_dim)
-        ops.rotate_(k, *step.rope[spec.attention])
+        ops.rotate_(k, *step.turns(spec.attention, self.device))
         v = joint[:, spec.kv_heads * spec.head_dim :].view(n, -1, spec.v_head_dim)
         if self.value_scale != 1.0:
             v.mul_(self.value_scale)
@@ -121,7 +141,7 @@ class Attention:
     ) -> torch.Tensor:
         view = cache.append(self.spec.index, k, v, at=at)
         keys, values = view.numbers()
-        return ops.attention(
+        return self._attention(
             q, keys, values,
             start=cache.length + at, first=view.first_position,
             window=self.spec.window, sink=self.sink,
@@ -131,10 +151,12 @@ class Attention:
 class MLP:
     """down(silu(gate x) * up x)."""
 
-    def __init__(self, weights: Weights, prefix: str) -> None:
-        self.gate = weights.linear(prefix + "mlp.gate_proj.weight")
-        self.up = weights.linear(prefix + "mlp.up_proj.weight")
-        self.down = weights.linear(prefix + "mlp.down_proj.weight")
+    def __init__(self, weights: Weights, prefix: str, device: torch.device | None) -> None:
+        gate, up, down = (
+            placed(weights.linear(f"{prefix}mlp.{part}_proj.weight"), device)
+            for part in ("gate", "up", "down")
+        )
+        self.gate, self.up, self.down = gate, up, down
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x (T, D) -> (T, D)."""
@@ -145,17 +167,27 @@ class MoE:
     """A router and the experts it chooses from."""
 
     def __init__(
-        self, weights: Weights, spec: LayerSpec, config: ModelConfig, experts: Store
+        self,
+        weights: Weights,
+        spec: LayerSpec,
+        config: ModelConfig,
+        experts: Store,
+        device: torch.device | None,
     ) -> None:
         prefix = f"model.layers.{spec.index}.mlp.gate."
-        self.layer, self.config, self.experts = spec.index, config, experts
-        self.router = weights.tensor(prefix + "weight")
-        self.bias = weights.tensor(prefix + "e_score_correction_bias")
+        self.layer, self.config, self.device = spec.index, config, device
+        # A layer on the host asks the host's own store, which moves nothing.
+        self.experts = experts if device is not None else experts.host
+        self.router = placed_tensor(weights.tensor(prefix + "weight"), device)
+        self.bias = placed_tensor(weights.tensor(prefix + "e_score_correction_bias"), device)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x (T, D) -> (T, D)."""
-        ids, w = ops.route(x, self.router, self.bias, self.config)
-        return self.experts.run(self.layer, x, ids, w)
+        """x (T, D) f32 -> (T, D) f32."""
+        return self.experts.run(self.layer, x, *self.choose(x))
+
+    def choose(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x (T, D) f32 -> ids (T, K), weights (T, K)."""
+        return ops.route(x, self.router, self.bias, self.config)
 
 
 class Layer:
@@ -170,22 +202,26 @@ class Layer:
         *,
         prefix: str | None = None,
         post_norm: str = "post_attention_layernorm",
+        device: torch.device | None = None,
     ) -> None:
         """`prefix` and `post_norm`: names of the weights, where they are not those of layer N.
 
-        `experts`: None for a dense layer.
+        `experts`: None for a dense layer. `device`: where the weights lie and rows are expected;
+        None: this machine's memory, and the kernels.
         """
         prefix = prefix or f"model.layers.{spec.index}."
         self.name = f"layers.{spec.index}"
-        self.config = config
-        self.input_norm = weights.tensor(prefix + "input_layernorm.weight")
-        self.post_norm = weights.tensor(f"{prefix}{post_norm}.weight")
-        self.attention = Attention(weights, spec, config, prefix)
+        self.config, self.device = config, device
+        self.dtype = torch.float32 if device is None else activations(device)
+        """Of what is multiplied; residuals are float32 everywhere."""
+        self.input_norm = placed_tensor(weights.tensor(prefix + "input_layernorm.weight"), device)
+        self.post_norm = placed_tensor(weights.tensor(f"{prefix}{post_norm}.weight"), device)
+        self.attention = Attention(weights, spec, config, prefix, device)
         self.mlp: MLP | MoE
         if experts is None or spec.mlp == "dense":
-            self.mlp = MLP(weights, prefix)
+            self.mlp = MLP(weights, prefix, device)
         else:
-            self.mlp = MoE(weights, spec, config, experts)
+            self.mlp = MoE(weights, spec, config, experts, device)
         self.following: Layer | None = None
         """The next layer with experts: what it will want is guessed while this one's are run."""
 
@@ -208,14 +244,15 @@ class Layer:
 
     def attend(self, x: torch.Tensor, step: Step) -> None:
         """x (T, D) += attention, in place."""
-        if step.sequences is None:
+        sequences = self._sequences(step)
+        if sequences is None:
             x.add_(self._attended(x, step))
         else:
-            self._native_attention(x, step.caches, step.sequences, self._rope(step), None)
+            self._native_attention(x, step.caches, sequences, self._rope(step), None)
 
     def mix(self, x: torch.Tensor, step: Step) -> None:
         """x (T, D) += MLP or experts, in place."""
-        if step.sequences is None:
+        if self._sequences(step) is None:
             x.add_(self._mixed(x, step))
         else:
             self._native_mix(x, None)
@@ -229,18 +266,18 @@ class Layer:
         w: torch.Tensor,
     ) -> None:
         """x (T, D) -> normed (T, D), ids (T, K) int32, w (T, K) f32: what the experts get."""
-        if step.sequences is not None:
+        if self._sequences(step) is not None:
             self.native_routing.into(x, normed, ids, w)
             return
-        part = self.moe
-        normed.copy_(ops.rms_norm(x, self.post_norm, self.config.rms_eps))
-        chosen, weights = ops.route(normed, part.router, part.bias, part.config)
+        found = ops.rms_norm(x, self.post_norm, self.config.rms_eps)
+        chosen, weights = self.moe.choose(found)
+        normed.copy_(found)
         ids.copy_(chosen)
         w.copy_(weights)
 
     def remember(self, x: torch.Tensor, step: Step) -> None:
         """x (T, D) of one sequence: keys and values into the cache; x stays."""
-        self.attention.remember(ops.rms_norm(x, self.input_norm, self.config.rms_eps), step)
+        self.attention.remember(self._normed(x, self.input_norm), step)
 
     @property
     def moe(self) -> MoE:
@@ -248,22 +285,47 @@ class Layer:
         assert isinstance(self.mlp, MoE)
         return self.mlp
 
+    def _sequences(self, step: Step) -> ctypes.Array[kernels.Sequence] | None:
+        """What the library needs of the step; None where the layer goes the torch way."""
+        return step.sequences if self.device is None else None
+
     def _rope(self, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
-        return step.rope[self.attention.spec.attention]
+        return step.turns(self.attention.spec.attention, None)
+
+    def _normed(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return ops.rms_norm(x, weight, self.config.rms_eps).to(self.dtype)
 
     def _attended(self, x: torch.Tensor, step: Step) -> torch.Tensor:
-        if step.sequences is None:
-            return self.attention(ops.rms_norm(x, self.input_norm, self.config.rms_eps), step)
+        sequences = self._sequences(step)
+        if sequences is None:
+            return self.attention(self._normed(x, self.input_norm), step)
         delta = torch.empty_like(x)
-        self._native_attention(x, step.caches, step.sequences, self._rope(step), delta)
+        self._native_attention(x, step.caches, sequences, self._rope(step), delta)
         return delta
 
     def _mixed(self, x: torch.Tensor, step: Step) -> torch.Tensor:
-        if step.sequences is None:
-            return self.mlp(ops.rms_norm(x, self.post_norm, self.config.rms_eps))
+        if self._sequences(step) is None:
+            if isinstance(self.mlp, MLP):
+                return self.mlp(self._normed(x, self.post_norm))
+            # The router and the CPU's experts want float32.
+            normed = ops.rms_norm(x, self.post_norm, self.config.rms_eps)
+            return self.mlp.experts.run(
+                self.mlp.layer, normed, *self.mlp.choose(normed), guess=self._guess(x)
+            )
         delta = torch.empty_like(x)
         self._native_mix(x, delta)
         return delta
+
+    def _guess(self, x: torch.Tensor) -> tuple[int, torch.Tensor] | None:
+        """What the next layer with experts would choose from x, likeliest first, and its number."""
+        following = self.following
+        if self.device is None or following is None or following.device != self.device:
+            return None
+        if not self.moe.experts.wants_guesses:
+            return None
+        normed = ops.rms_norm(x, following.post_norm, self.config.rms_eps)
+        ids, w = following.moe.choose(normed)
+        return following.moe.layer, ids.flatten()[w.flatten().argsort(descending=True)]
 
     @property
     def native_halves(self) -> tuple[NativeAttention, NativeMixture]:

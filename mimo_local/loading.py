@@ -79,8 +79,6 @@ def load(settings: Settings, on_event: Callable[[Progress], None] | None = None)
         ram=settings.ram,
         spare=spare(weights.config, settings.context, dtype) if made is None else made.spare_bytes,
         prefetch=settings.prefetch,
-        vram=0 if made is None else made.expert_vram_bytes,
-        device="cuda",
         on_progress=on_event,
     )
     hidden = None if made is None else made.hidden_budget_bytes

@@ -16,12 +16,15 @@ import torch
 from mimo_local import kernels, ops, prefill
 from mimo_local.blocks import NativeLayers
 from mimo_local.cache import KVCache
+from mimo_local.device import HOST, Devices, moved
+from mimo_local.device_linear import placed, placed_tensor
 from mimo_local.errors import CancelledError, ContextOverflowError, UsageError
 from mimo_local.events import Progress
 from mimo_local.experts.store import Store
 from mimo_local.layers import Layer, MoE, Step, Trace, served
 from mimo_local.prefill import Cancel
-from mimo_local.weights import OnProgress, QuantLinear, Weights
+from mimo_local.weights import Embedding, OnProgress, QuantLinear, Weights
+from quant.on_device import activations
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,31 +49,35 @@ class Model:
         weights: Weights,
         experts: Store,
         *,
+        devices: Devices | None = None,
         hidden_budget: int | None = None,
         on_progress: OnProgress | None = None,
     ) -> None:
         """Read everything but the experts; their store is already loaded.
 
-        `hidden_budget`: bytes of a long prompt's hidden states, see `prefill.How`.
+        `devices`: where layers and head run, None: all on the host. `hidden_budget`: bytes of a
+        long prompt's hidden states, see `prefill.How`.
         """
         config = self.config = weights.config
+        self.devices = devices or Devices.all_on(HOST, config.n_layers)
         self.experts, self.hidden_budget = experts, hidden_budget
         self.embedding = weights.embedding("model.embed_tokens.weight")
         self.layers: list[Layer] = []
-        for spec in config.layers:
-            self.layers.append(Layer(weights, spec, config, experts))
+        for spec, where in zip(config.layers, self.devices.layers, strict=True):
+            device = self.devices.of(where)
+            self.layers.append(Layer(weights, spec, config, experts, device=device))
             if on_progress is not None:
                 on_progress(Progress("loading layers", len(self.layers), config.n_layers, "layers"))
         mixtures = [layer for layer in self.layers if isinstance(layer.mlp, MoE)]
         self._mixtures = [layer.moe.layer for layer in mixtures]
-        self._foreseen = next(iter(mixtures), None)
+        self._foreseen = next((layer for layer in mixtures[:1] if layer.device is None), None)
         """The first layer with experts: what it will want is guessed from the embedding."""
         for layer, following in itertools.pairwise(mixtures):
             layer.following = following
-        self.norm = weights.tensor("model.norm.weight")
-        self.head: QuantLinear = (
-            self.embedding.linear if config.tie_embeddings else weights.linear("lm_head.weight")
-        )
+        self._last = self.devices.of(self.devices.head)
+        """Where the last norm and the head are; None: on the host."""
+        self.norm = placed_tensor(weights.tensor("model.norm.weight"), self._last)
+        self.head = placed(head_of(weights, self.embedding), self._last)
         self._calls: dict[torch.dtype, NativeLayers] = {}
         self.ropes = {
             spec.attention: ops.RopeTable(spec.rope_theta, spec.rotary_dim)
@@ -80,8 +87,11 @@ class Model:
     def new_cache(
         self, *, dtype: torch.dtype = torch.float32, slack: int = 4, capacity_hint: int = 0
     ) -> KVCache:
-        """An empty cache for one sequence of this model."""
-        return KVCache(self.config, dtype=dtype, slack=slack, capacity_hint=capacity_hint)
+        """An empty cache for one sequence of this model, each layer's rows beside its weights."""
+        return KVCache(
+            self.config, dtype=dtype, slack=slack, capacity_hint=capacity_hint,
+            device=self.devices.layers,
+        )  # fmt: skip
 
     def forward(self, segments: Sequence[Segment], *, trace: Trace | None = None) -> torch.Tensor:
         """Process the next rows of one or several sequences -> hidden (T, D) f32, finally normed.
@@ -109,8 +119,8 @@ class Model:
         if trace is None and cancel is None and self._at_once(caches, counts):
             self._native_layers(caches[0].dtype)(x, caches, counts, self.ropes)
         else:
-            x = self._one_by_one(x, Step.of(caches, counts, self.ropes, x.device), trace, cancel)
-        x = self._normed(x)
+            x = self._one_by_one(x, Step(caches, counts, self.ropes), trace, cancel)
+        x = self._normed(moved(x, self._last))
         if trace is not None:
             trace("norm", x)
         for cache, n in zip(caches, counts, strict=True):
@@ -124,20 +134,20 @@ class Model:
         if trace is not None:
             trace("embedding", x.clone())
         first = self._foreseen
-        if first is not None and step.sequences is not None and self.experts.wants_guesses:
+        if first is not None and step.sequences is not None and first.moe.experts.wants_guesses:
             # The disk would rest until the first mixture is reached: attention and a dense layer.
-            self.experts.expect(first.moe.layer, first.native_routing.likeliest(x))
+            first.moe.experts.expect(first.moe.layer, first.native_routing.likeliest(x))
         for layer in self.layers:
             if cancel is not None and cancel():
                 raise CancelledError(
                     "stopped while reading the prompt", hint="what was read so far is kept"
                 )
-            x = layer(x, step, trace)
+            x = layer(moved(x, layer.device), step, trace)
         return x
 
     def _at_once(self, caches: list[KVCache], counts: list[int]) -> bool:
         """Whether all layers can be one native call: few rows, every expert in RAM for good."""
-        if sum(counts) > ops.EXACT_ROWS or not served(caches, self.norm.device):
+        if sum(counts) > ops.EXACT_ROWS or self.devices.accelerator or not served(caches):
             return False
         resident = self.experts.resident
         return all(resident(layer) for layer in self._mixtures)
@@ -221,5 +231,12 @@ class Model:
 
     @torch.no_grad()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden (T, D) of `forward` -> logits (T, V) f32, a tensor the caller may change."""
-        return self.head(hidden)
+        """Hidden (T, D) of `forward` -> logits (T, V) f32 on the host, for the caller to change."""
+        if self._last is None:
+            return self.head(hidden)
+        return moved(self.head(hidden.to(activations(self._last))), None).float()
+
+
+def head_of(weights: Weights, embedding: Embedding) -> QuantLinear:
+    """The matrix from hidden states to logits, on the host."""
+    return embedding.linear if weights.config.tie_embeddings else weights.linear("lm_head.weight")

@@ -17,9 +17,11 @@ import torch
 from mimo_local import ops
 from mimo_local.cache import KVCache
 from mimo_local.cache_layers import SPARE_ROWS
+from mimo_local.device import moved
+from mimo_local.device_linear import placed, placed_tensor
 from mimo_local.draft_cache import DraftCache
 from mimo_local.layers import MLP, Layer, Step
-from mimo_local.model import Model
+from mimo_local.model import Model, head_of
 from mimo_local.sizes import SMALL_HEAD
 from mimo_local.weights import QuantLinear, Weights
 from quant.buffers import huge_tensor
@@ -39,14 +41,22 @@ class Drafter:
         model checks every draft with its own head.
         """
         self.config, self._embedding = model.config, model.embedding
-        self.layers = [MtpLayer(weights, k) for k in range(self.config.n_mtp_layers)]
+        where = model.devices.drafter
+        self.device = model.devices.of(where)
+        """Where the layers are; None: on the host."""
+        self._where = where
+        self.layers = [MtpLayer(weights, k, self.device) for k in range(self.config.n_mtp_layers)]
         spec = self.layers[0].block.attention.spec
         self._ropes = {spec.attention: ops.RopeTable(spec.rope_theta, spec.rotary_dim)}
-        self.head = packed_smaller(model.head) if small_head else model.head
+        if model.devices.of(model.devices.head) is self.device is None:
+            self.head = packed_smaller(model.head) if small_head else model.head
+        else:
+            head = head_of(weights, model.embedding)
+            self.head = placed(packed_smaller(head) if small_head else head, self.device)
 
     def new_cache(self, dtype: torch.dtype, slack: int) -> DraftCache:
         """What one sequence needs for drafting."""
-        return DraftCache(self.config, dtype=dtype, slack=slack)
+        return DraftCache(self.config, dtype=dtype, slack=slack, device=self._where)
 
     def drafts(self, cache: KVCache, ids: Sequence[int]) -> Iterator[tuple[int, float]]:
         """Guesses for the ids after `ids`, each with the probability its layer gives it.
@@ -78,35 +88,37 @@ class Drafter:
         with ops.threads_for(n):
             hidden = layer.last(self._rows(k, state, known, n), self._step(ring, n))
             ring.advance(exact)
-            return likeliest(self.head(hidden)[0])
+            return likeliest(self.head(hidden.to(self.layers[k].block.dtype))[0])
 
     def _rows(self, k: int, state: DraftCache, known: list[int], n: int) -> torch.Tensor:
         """The next n rows (n, D) of layer k's stream."""
         start = state.rings[k].length
         at = start + 1 + k - state.first
         ids = torch.tensor(known[at : at + n])
-        return self.layers[k].joined(self._embedding.rows(ids), state.hidden(start)[:n])
+        embedded = moved(self._embedding.rows(ids), self.device)
+        return self.layers[k].joined(embedded, state.hidden(start)[:n])
 
     def _step(self, ring: KVCache, n: int) -> Step:
-        return Step.of([ring], [n], self._ropes, self.layers[0].final_norm.device)
+        return Step([ring], [n], self._ropes)
 
 
 class MtpLayer:
     """One MTP layer: a dense sliding layer over a mix of two streams, with norms of its own."""
 
-    def __init__(self, weights: Weights, k: int) -> None:
+    def __init__(self, weights: Weights, k: int, device: torch.device | None) -> None:
         config, prefix = weights.config, f"model.mtp.layers.{k}."
         assert config.mtp_layer is not None
         self.eps = config.rms_eps
-        self.id_norm = weights.tensor(prefix + "enorm.weight")
-        self.hidden_norm = weights.tensor(prefix + "hnorm.weight")
-        self.final_norm = weights.tensor(prefix + "final_layernorm.weight")
-        self.join = weights.linear(prefix + "eh_proj.weight")
+        self.id_norm = placed_tensor(weights.tensor(prefix + "enorm.weight"), device)
+        self.hidden_norm = placed_tensor(weights.tensor(prefix + "hnorm.weight"), device)
+        self.final_norm = placed_tensor(weights.tensor(prefix + "final_layernorm.weight"), device)
+        self.join = placed(weights.linear(prefix + "eh_proj.weight"), device)
         # Number 0 in its own ring's cache.
         spec = dataclasses.replace(config.mtp_layer, index=0)
         self.block = Layer(
-            weights, spec, config, None, prefix=prefix, post_norm="pre_mlp_layernorm"
-        )
+            weights, spec, config, None,
+            prefix=prefix, post_norm="pre_mlp_layernorm", device=device,
+        )  # fmt: skip
 
     @property
     def nbytes(self) -> int:
@@ -119,10 +131,10 @@ class MtpLayer:
     def joined(self, embedded: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """Embeddings and hidden states (n, D) -> (n, D): both normed, side by side, projected."""
         n, d = embedded.shape
-        both = torch.empty((n, 2 * d))
+        both = torch.empty((n, 2 * d), device=embedded.device)
         ops.norm_into(embedded, self.id_norm, self.eps, both[:, :d])
         ops.norm_into(hidden, self.hidden_norm, self.eps, both[:, d:])
-        return self.join(both)
+        return self.join(both.to(self.block.dtype)).float()
 
     def remember(self, x: torch.Tensor, step: Step) -> None:
         """x (n, D): keys and values into the ring, nothing more."""
@@ -142,6 +154,11 @@ class MtpLayer:
 
 def likeliest(logits: torch.Tensor) -> tuple[int, float]:
     """Logits (V,) -> the id with the largest, and its probability."""
+    if logits.device.type != "cpu":  # one wait for both; ids below 2^24 are exact in float32
+        logits = logits.float()
+        top, at = logits.max(0)
+        both = torch.stack((at.float(), logits.sub(top).exp_().sum())).tolist()
+        return int(both[0]), 1.0 / both[1]
     top, found = logits.max(0)
     return int(found), float(1.0 / logits.sub(top).exp_().sum())
 

@@ -66,7 +66,7 @@ def norm_into(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tens
 
 def scores(x: torch.Tensor, router: torch.Tensor) -> torch.Tensor:
     """x (T, D), router (E, D) float32 -> sigmoid(x router^T) (T, E)."""
-    if 1 < x.shape[0] <= EXACT_ROWS:
+    if 1 < x.shape[0] <= EXACT_ROWS and x.device.type == "cpu":
         # Row by row twice over: the product of one row takes another path than that of several, and
         # torch's sigmoid rounds differently in the last few elements of a tensor.
         return torch.cat([F.linear(x[i : i + 1], router).sigmoid_() for i in range(x.shape[0])])
@@ -82,6 +82,7 @@ class RopeTable:
         self.frequencies = 1.0 / theta**exponents
         self.cos = self.sin = self.frequencies.new_empty((0, 1, rotary_dim))
         self._where = (0, 0)
+        self._there: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def grow(self, n: int) -> None:
         """Make positions 0 .. n-1 available."""
@@ -96,6 +97,7 @@ class RopeTable:
             self.cos = torch.cat((cos, cos), -1)[:, None]
             self.sin = torch.cat((-sin, sin), -1)[:, None]
         self._where = (self.cos.data_ptr(), self.sin.data_ptr())
+        self._there.clear()
 
     def place(self, start: int, n: int) -> tuple[int, int]:
         """Addresses of `rows` of one sequence, good until the table grows."""
@@ -103,20 +105,33 @@ class RopeTable:
         at = 4 * start * self.cos.shape[-1]
         return self._where[0] + at, self._where[1] + at
 
-    def rows(self, spans: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    def rows(
+        self, spans: list[tuple[int, int]], device: torch.device | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """(first position, count) per sequence -> cos, sin (T, 1, rotary_dim), T = all counts.
 
-        sin's first half is negated: the rotation is then x * cos + swapped halves * sin.
+        sin's first half is negated: the rotation is then x * cos + swapped halves * sin. `device`:
+        where they are wanted, None: where the table is.
         """
         self.grow(max(start + n for start, n in spans))
+        cos, sin = self._on(device)
         if len(spans) == 1:
             start, n = spans[0]
-            return self.cos[start : start + n], self.sin[start : start + n]
+            return cos[start : start + n], sin[start : start + n]
         pieces = [slice(start, start + n) for start, n in spans]
         return (
-            torch.cat([self.cos[piece] for piece in pieces]),
-            torch.cat([self.sin[piece] for piece in pieces]),
+            torch.cat([cos[piece] for piece in pieces]),
+            torch.cat([sin[piece] for piece in pieces]),
         )
+
+    def _on(self, device: torch.device | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The whole table on a device, copied when it has grown."""
+        if device is None or device == self.cos.device:
+            return self.cos, self.sin
+        if device not in self._there:
+            with torch.inference_mode(False):
+                self._there[device] = (self.cos.to(device), self.sin.to(device))
+        return self._there[device]
 
 
 def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
@@ -127,7 +142,10 @@ def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
     r = cos.shape[-1]
     part = x[..., :r]
     swapped = torch.cat((part[..., r // 2 :], part[..., : r // 2]), -1)
-    part.mul_(cos).addcmul_(swapped, sin)
+    if x.dtype == torch.float32:
+        part.mul_(cos).addcmul_(swapped, sin)
+    else:  # one rounding, at the end
+        part.copy_(part.float().mul_(cos).addcmul_(swapped.float(), sin))
 
 
 def election(score: torch.Tensor, bias: torch.Tensor, config: ModelConfig) -> torch.Tensor:

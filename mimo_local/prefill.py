@@ -234,7 +234,7 @@ class _Pass:
 
     def _step(self, a: int, b: int) -> Step:
         reader = self.reader
-        return Step.of([reader.cache], [b - a], reader.ropes, reader.device, a)
+        return Step([reader.cache], [b - a], reader.ropes, a)
 
     def _ask(self) -> None:
         cancel = self.reader.cancel

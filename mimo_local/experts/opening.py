@@ -6,7 +6,6 @@ from mimo_local.errors import NotEnoughMemoryError
 from mimo_local.experts.memory import available_memory, reserve
 from mimo_local.experts.store import ExpertStore
 from mimo_local.experts.tiered import TieredStore
-from mimo_local.experts.vram import VramTier
 from mimo_local.settings import Prefetch
 from mimo_local.sizes import gb
 from mimo_local.weights import OnProgress, PackWeights, Weights
@@ -18,15 +17,12 @@ def open_store(
     ram: int | None = None,
     spare: int = 0,
     prefetch: Prefetch = "auto",
-    vram: int = 0,
-    device: str = "cpu",
     on_progress: OnProgress | None = None,
 ) -> ExpertStore | TieredStore:
     """The experts of `weights`, loaded whole if that fits.
 
     `ram`: most bytes of memory for the whole model, None: what is free but for a reserve; `spare`:
-    bytes of that for caches and activations. `vram`: bytes on `device` for the experts wanted most,
-    used where they do not all fit into RAM. Raises NotEnoughMemoryError: a checkpoint's experts
+    bytes of that for caches and activations. Raises NotEnoughMemoryError: a checkpoint's experts
     have to fit whole, a pack needs memory for the rest and a few experts.
     """
     rest = weights.nbytes - weights.expert_nbytes
@@ -42,9 +38,7 @@ def open_store(
                 hint="close other programs, use a smaller --context, or a pack with "
                 "`--attention nf4 --dense nf4 --head nf4`; see `mimo plan`",
             )
-        layouts = {n: weights.pack.expert_layout(n) for n in weights.pack.expert_layers}
-        tier = VramTier(layouts, vram, device) if vram else None
-        return TieredStore(weights, room, prefetch=prefetch, vram=tier)
+        return TieredStore(weights, room, prefetch=prefetch)
     if ram is not None and weights.expert_nbytes > ram - rest - spare:
         raise NotEnoughMemoryError(
             f"the experts of a checkpoint have to fit into memory: {gb(weights.expert_nbytes)}, "

@@ -55,6 +55,7 @@ class PassingStore(Store):
         w: torch.Tensor,
         *,
         meanwhile: Callable[[], None] | None = None,
+        guess: tuple[int, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """As `sweep`."""
         return self.sweep(layer, x, ids, w)

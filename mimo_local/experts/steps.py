@@ -11,7 +11,7 @@ import ctypes
 import time
 from collections.abc import Callable, Collection, Iterable
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -23,10 +23,6 @@ from mimo_local.experts.store import BATCH_PAIRS, apply
 
 if TYPE_CHECKING:
     from mimo_local.experts.tiered import TieredStore
-    from mimo_local.experts.vram import Pending
-
-ON_DEVICE: Final = -1
-"""In place of a slot: the expert lies in VRAM alone."""
 
 
 class _Work:
@@ -93,9 +89,6 @@ class Few(_Work):
             if e >= 0:
                 self.pairs.setdefault(e, []).append(i)
         busy = {(self.layer, e) for e in self.pairs}
-        vram = self.store.vram
-        on_device = [e for e in self.pairs if vram is not None and vram.touch((self.layer, e))]
-        self.elsewhere = [e for e in self.pairs if e not in on_device]
         hits, missing = self._sort_out()
         # Of this layer's guesses those are left that were wrong: they must not delay a read.
         self.store.drop_guesses(self.layer)
@@ -105,7 +98,6 @@ class Few(_Work):
                 meanwhile()
             self.rows = self.x.repeat_interleave(k, 0)
             self.parts = torch.zeros(t * k, self.x.shape[1])
-            pending = self._launch(on_device)
             self._compute(hits)
             while self.reads:
                 read = self.next_landed(block=True)
@@ -120,35 +112,13 @@ class Few(_Work):
                 self.begin_reads(missing)
         finally:
             self.abandon()
-        if pending is not None:
-            pending.collect(self.parts)
-        self._promote(busy)
         return self._combined()
-
-    def _launch(self, on_device: list[int]) -> Pending | None:
-        """Start what the device has."""
-        self.store.meters.vram_hits += len(on_device)
-        if self.store.vram is None or not on_device:
-            return None
-        pairs = {e: self.pairs[e] for e in on_device}
-        return self.store.vram.launch(self.layer, self.rows, pairs)
-
-    def _promote(self, busy: Collection[Key]) -> None:
-        """Experts that were wanted often enough and lie in RAM now are copied to the device."""
-        vram, ram = self.store.vram, self.store.ram
-        if vram is None:
-            return
-        for e in self.elsewhere:
-            key = (self.layer, e)
-            slot = ram.slot(key)
-            if slot is not None and vram.consider(key, ram.expert(self.layer, slot), list(busy)):
-                self.store.meters.uploads += 1
 
     def _sort_out(self) -> tuple[list[tuple[int, int]], list[Key]]:
         """([(expert, slot)] at hand, keys to read); guesses that came true are waited for."""
         store, meters = self.store, self.store.meters
         hits, missing = [], []
-        for e in sorted(self.elsewhere):
+        for e in sorted(self.pairs):
             key = (self.layer, e)
             slot = store.ram.touch(key)
             if slot is not None:
@@ -249,9 +219,6 @@ class InOrder(_Work):
         store, meters, missing = self.store, self.store.meters, list[Key]()
         for e in self.order:
             key = (self.layer, e)
-            if self._in_vram(e):
-                meters.vram_hits += self.keep
-                continue
             held = store.ram.touch(key) if self.keep else store.ram.slot(key)
             if held is not None:
                 meters.ram_hits += self.keep
@@ -295,13 +262,8 @@ class InOrder(_Work):
 
     def _absent(self, experts: list[int]) -> list[Key]:
         """Those that somebody else's step has pushed out, or has not brought."""
-        keys = [(self.layer, e) for e in experts if not self._in_vram(e)]
+        keys = [(self.layer, e) for e in experts]
         return [k for k in keys if k not in self.reads and k not in self.store.ram]
-
-    def _in_vram(self, e: int) -> bool:
-        """Whether only the device has it: what lies in RAM too is computed as everywhere."""
-        vram, key = self.store.vram, (self.layer, e)
-        return vram is not None and key in vram and key not in self.store.ram
 
     def _slot(self, e: int, *, block: bool) -> int | None:
         """Where the expert lies; None if it has not landed and we may not wait."""
@@ -320,8 +282,6 @@ class InOrder(_Work):
         """The next experts that are at hand, at least one, and the slots they lie in."""
         batch, pairs = list[tuple[int, int]](), 0
         for e in self.order[done:]:
-            if self._in_vram(e):
-                return batch or [(e, ON_DEVICE)]
             if batch and pairs + self.counts[e] > BATCH_PAIRS:
                 break
             slot = self._slot(e, block=not batch)
@@ -333,10 +293,6 @@ class InOrder(_Work):
 
     def _compute(self, batch: list[tuple[int, int]]) -> None:
         """Add these experts' share to `out`."""
-        if batch[0][1] == ON_DEVICE:
-            rows, column = (self.ids == batch[0][0]).nonzero(as_tuple=True)
-            self._add_from_device(batch[0][0], rows, self.w[rows, column, None])
-            return
         if self.native is None:
             for e, slot in batch:
                 rows, column = (self.ids == e).nonzero(as_tuple=True)
@@ -352,13 +308,6 @@ class InOrder(_Work):
             "moe", mlps, len(mlps), self.x.data_ptr(), d, t, chosen.data_ptr(),
             self.w.data_ptr(), chosen.shape[1], self.out.data_ptr(), d, 1,
         )  # fmt: skip
-
-    def _add_from_device(self, e: int, rows: torch.Tensor, w: torch.Tensor) -> None:
-        assert self.store.vram is not None
-        y = torch.zeros((len(rows), self.x.shape[1]))
-        chosen = self.x[rows]
-        self.store.vram.launch(self.layer, chosen, {e: range(len(rows))}).collect(y)
-        self.out.index_add_(0, rows, y.mul_(w))
 
     def _used(self, e: int, later: Collection[int]) -> None:
         """A read expert has been computed: it stays if it may, else its slot is free."""

@@ -1,7 +1,7 @@
 """ExpertStore: runs the chosen experts of one layer, each expert's bytes read once per step.
 
-Knows which expert lies where (for now: all of them in RAM) and in which order to run them; knows no
-routing and no attention. Built by `engine` and `api`, called by `model` once per mixture layer.
+All of them in RAM, and in which order they are run; knows no routing and no attention. `Store` is
+what every store answers. Built by `opening`, called by `model` once per mixture layer.
 """
 
 from __future__ import annotations
@@ -31,10 +31,19 @@ Watcher: TypeAlias = Callable[[int, torch.Tensor], None]
 
 
 class Store(ABC):
-    """What the mixture layers see: `ExpertStore` (all in RAM) or `tiered.TieredStore`."""
+    """What the mixture layers see.
+
+    `ExpertStore` (all in RAM) or `tiered.TieredStore`, and before one of them, for layers on an
+    accelerator, `device_store.DeviceStore`.
+    """
 
     meters: Meters
     _watcher: Watcher | None = None
+
+    @property
+    def host(self) -> Store:
+        """The store for layers on the host: rows and results in this machine's memory."""
+        return self
 
     @property
     @abstractmethod
@@ -59,6 +68,10 @@ class Store(ABC):
     def mlps(self, layer: int) -> tuple[ctypes.Array[kernels.Mlp], object]:
         """The experts of a resident layer for the kernels, and what must live meanwhile."""
 
+    def held(self, layer: int, e: int) -> Expert | None:
+        """The expert, if it lies in RAM now: its bytes are good until the next step."""
+        return None
+
     def watch(self, watcher: Watcher | None) -> None:
         """Tell `watcher(layer, ids (T, K) int32)` about every step's choices; None: nobody."""
         self._watcher = watcher
@@ -75,13 +88,15 @@ class Store(ABC):
         w: torch.Tensor,
         *,
         meanwhile: Callable[[], None] | None = None,
+        guess: tuple[int, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """x (T, D) f32, ids (T, K) int, w (T, K) f32 -> (T, D) f32: sum over K of w * expert(x).
 
         A row sums its experts in ascending order, whatever the other rows chose. With the kernels
         its bits do not depend on its company up to 8 rows; 4- and 8-bit experts then meet x rounded
         to 8 bits per 64 columns. An id of -1 leaves its entry out. `meanwhile` is called while the
-        first reads are under way, if there may be any.
+        first reads are under way, if there may be any; `guess` is for `expect`, by those who have
+        it at hand.
         """
 
     @abstractmethod
@@ -192,6 +207,10 @@ class ExpertStore(Store):
         """Addresses of the experts of one layer, and their owner."""
         return self.ram.mlps(layer), self.ram
 
+    def held(self, layer: int, e: int) -> Expert | None:
+        """Always."""
+        return self.ram.get(layer)[e]
+
     def run(
         self,
         layer: int,
@@ -200,6 +219,7 @@ class ExpertStore(Store):
         w: torch.Tensor,
         *,
         meanwhile: Callable[[], None] | None = None,
+        guess: tuple[int, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """One fused call; nothing is read, and nothing happens `meanwhile`."""
         if self._watcher is not None:

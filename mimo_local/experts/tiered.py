@@ -26,9 +26,8 @@ from mimo_local.experts.pressure import Pressure
 from mimo_local.experts.ram import RamTier
 from mimo_local.experts.steps import Few, InOrder
 from mimo_local.experts.store import Store
-from mimo_local.experts.vram import VramTier
 from mimo_local.settings import Prefetch
-from mimo_local.weights import PackWeights
+from mimo_local.weights import Expert, PackWeights
 
 FEW_ROWS: Final = 8
 """Up to so many rows each row is computed as if it were alone (MIMO_EXACT_ROWS): in any order."""
@@ -60,7 +59,6 @@ class TieredStore(Store):
         prefetch: Prefetch = "auto",
         reserve: int | None = None,
         disk: DiskTier | None = None,
-        vram: VramTier | None = None,
     ) -> None:
         """`budget`: bytes of RAM for experts; `reserve`: bytes of the machine's left alone.
         `policy`: given a capacity, who stays in RAM; None: `quotas`.
@@ -76,7 +74,6 @@ class TieredStore(Store):
         # Twice a token's experts: this layer's misses and guesses for the next one.
         self.ram = RamTier(layouts, budget, ring=2 * self.chosen, policy=policy or quotas(layers))
         self.pressure = Pressure(self.ram.slot_bytes, budget, reserve)
-        self.vram = vram
         self.trial = Trial()
         self._prefetch: Prefetch = prefetch
         self._first, self._last = layers[0], layers[-1]
@@ -90,9 +87,8 @@ class TieredStore(Store):
 
     @property
     def nbytes(self) -> dict[str, int]:
-        """Of RAM and VRAM what is in use, of the disk all experts there are."""
-        held = {"ram": self.ram.nbytes, "disk": self.disk.nbytes}
-        return held if self.vram is None else {"vram": self.vram.nbytes, **held}
+        """Of RAM what is in use, of the disk all experts there are."""
+        return {"ram": self.ram.nbytes, "disk": self.disk.nbytes}
 
     @property
     def notes(self) -> list[str]:
@@ -107,6 +103,11 @@ class TieredStore(Store):
         """Not for layers that are not resident."""
         raise ValueError(f"the experts of layer {layer} do not all lie in RAM")
 
+    def held(self, layer: int, e: int) -> Expert | None:
+        """If the RAM tier has it; it does not count as wanted."""
+        slot = self.ram.slot((layer, e))
+        return None if slot is None else self.ram.expert(layer, slot)
+
     def run(
         self,
         layer: int,
@@ -115,8 +116,9 @@ class TieredStore(Store):
         w: torch.Tensor,
         *,
         meanwhile: Callable[[], None] | None = None,
+        guess: tuple[int, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """The bits of `ExpertStore.run`, experts in VRAM excepted.
+        """The bits of `ExpertStore.run`.
 
         PackError if an expert cannot be read: nothing was computed from it, and the store goes on.
         """
@@ -127,6 +129,8 @@ class TieredStore(Store):
             self._begin_step(x.shape[0])
         self.meters.steps += 1
         x = x.contiguous()
+        if guess is not None:
+            meanwhile = partial(self.expect, *guess)
         try:
             if x.shape[0] <= FEW_ROWS:
                 return Few(self, layer, x, ids, w).run(meanwhile)
@@ -227,8 +231,6 @@ class TieredStore(Store):
 
     def _begin_step(self, rows: int) -> None:
         self.ram.policy.end_of_step()
-        if self.vram is not None:
-            self.vram.end_of_step()
         self._step_s, self._step_rows = 0.0, rows
         self._heed_pressure()
 

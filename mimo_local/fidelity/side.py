@@ -7,7 +7,6 @@ model and no figures. Called by `run`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 import torch
 
@@ -83,11 +82,8 @@ class Side:
         first = 0
         for cache, length in zip(self.caches, self.lengths, strict=True):
             for a, b in pieces(length, CHUNK):
-                step = Step.of([cache], [b - a], self.ropes, torch.device("cpu"), a)
-                yield (
-                    slice(first + a, first + b),
-                    replace(step, sequences=None) if self.exact else step,
-                )
+                step = Step([cache], [b - a], self.ropes, a, native=not self.exact)
+                yield slice(first + a, first + b), step
             first += length
 
     @torch.inference_mode()
