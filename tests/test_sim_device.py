@@ -55,7 +55,8 @@ def test_right_numbers_with_few_waits_and_no_byte_too_many(pack: Path) -> None:
     assert found["vram_hits"] > 10
     assert found["uploads"] > 3
     if "int8" in str(pack.parent):  # bitsandbytes' reference for NF4 copies its table every time
-        assert found["most_syncs"] <= 1 + 1  # the results, and a staging buffer on its way
+        # The choice, results on their way up, and a staging buffer.
+        assert found["most_syncs"] <= 1 + 1 + 1
     assert found["unpinned"] == 0
     # The slots, and what a step had on the device when it was looked at.
     assert found["planned"] <= found["bytes"] <= found["planned"] + 64 * 1024
@@ -64,8 +65,12 @@ def test_right_numbers_with_few_waits_and_no_byte_too_many(pack: Path) -> None:
 # Waits are the same for every format; NF4 by bitsandbytes' reference takes five times as long.
 @pytest.mark.parametrize("pack", ["int8"], indirect=True)
 @pytest.mark.parametrize(
-    "case", ["no wait for arrival", "staging refilled too early", "results read too early"]
-)
+    "case",
+    [
+        "no wait for arrival", "staging refilled too early", "choice read too early",
+        "results overwritten too early",
+    ],
+)  # fmt: skip
 def test_a_missing_wait_is_seen(pack: Path, case: str) -> None:
     done = run(pack, case)
     assert done.returncode == 0, done.stderr[-2000:]

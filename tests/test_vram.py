@@ -1,6 +1,7 @@
-"""The VRAM tier on the CPU as its device: the same lines as on an accelerator, real numbers.
+"""Experts on a device, the CPU as that device: the same lines as on an accelerator, real numbers.
 
-tests/test_sim_device.py runs the tier on a stand-in accelerator that catches missing waits.
+tests/test_sim_device.py runs them on a stand-in accelerator that catches missing waits,
+tests/test_fake_cuda.py under tensors that only have a device and a shape.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import tiny
 import torch
 
 from mimo_local import kernels
-from mimo_local.errors import UsageError
+from mimo_local.experts.device_store import FEW_ROWS, DeviceStore
+from mimo_local.experts.slots import SlotLayout
 from mimo_local.experts.store import ExpertStore, apply
 from mimo_local.experts.tiered import TieredStore
 from mimo_local.experts.vram import VramTier
@@ -33,7 +35,7 @@ def make(folder: Path, fmt: str) -> Path:
     return folder / "pack"
 
 
-@pytest.fixture(scope="module", params=["nf4", "int8"])
+@pytest.fixture(scope="module", params=["nf4", "int8", "mxfp4"])
 def pack(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make(tmp_path_factory.mktemp("vram"), str(request.param))
 
@@ -50,11 +52,13 @@ def tier(pack: Path, slots: int) -> VramTier:
     return VramTier(layouts, slots * one + one // 2, "cpu")
 
 
-def store(pack: Path, vram: int, ram: int = 8) -> TieredStore:
+def store(pack: Path, vram: int, ram: int | None = 8) -> DeviceStore:
+    """`ram`: experts that lie there; None: all of them, no disk."""
     slot = opened(pack).pack.expert_layout(1).stride
-    return TieredStore(
-        opened(pack), (ram + 2 * K) * slot, reserve=0, prefetch="off", vram=tier(pack, vram)
-    )
+    inner: ExpertStore | TieredStore = ExpertStore(opened(pack))
+    if ram is not None:
+        inner = TieredStore(opened(pack), (ram + 2 * K) * slot, reserve=0, prefetch="off")
+    return DeviceStore(inner, tier(pack, vram), "cpu", [1, 2])
 
 
 def step(t: int, seed: int, among: int = EXPERTS) -> tuple[torch.Tensor, ...]:
@@ -63,11 +67,13 @@ def step(t: int, seed: int, among: int = EXPERTS) -> tuple[torch.Tensor, ...]:
     return torch.randn(t, D, generator=g), ids, torch.rand(t, K, generator=g)
 
 
-@pytest.mark.parametrize("vram", [0, 1, 5, 32])
-def test_results_are_those_of_the_cpu_to_the_rounding(pack: Path, vram: int) -> None:
-    whole, tiers, chance = ExpertStore(opened(pack)), store(pack, vram), random.Random(1)
-    for seed in range(80):
-        layer, t = chance.choice((1, 2)), chance.choice([1, 1, 1, 2, 8, 30, 100])
+@pytest.mark.parametrize(("vram", "ram"), [(0, 8), (1, 8), (5, 8), (32, 8), (5, None)])
+def test_results_are_those_of_the_cpu_to_the_rounding(
+    pack: Path, vram: int, ram: int | None
+) -> None:
+    whole, tiers, chance = ExpertStore(opened(pack)), store(pack, vram, ram), random.Random(1)
+    for seed in range(60):
+        layer, t = chance.choice((1, 2)), chance.choice([1, 1, 1, 2, FEW_ROWS, 30, 100])
         x, ids, w = step(t, seed)
         wanted = whole.run(layer, x, ids, w)
         found = tiers.run(layer, x, ids, w) if t < 50 else tiers.sweep(layer, x, ids, w)
@@ -90,11 +96,27 @@ def test_the_device_computes_with_the_stored_weights(
         vram.touch((1, e))
         assert vram.consider((1, e), whole.ram.get(1)[e])
         vram.end_of_step()
-        y = torch.zeros(3, D)
-        vram.launch(1, x, {e: [0, 2]}).collect(y)
-        wanted = apply(whole.ram.get(1)[e], x[[0, 2]])
-        torch.testing.assert_close(y[[0, 2]], wanted, atol=1e-5, rtol=1e-4)
-        assert not y[1].any()
+        wanted = apply(whole.ram.get(1)[e], x)
+        torch.testing.assert_close(vram.run((1, e), x), wanted, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("t", [1, 3, FEW_ROWS])
+def test_both_shares_of_a_step_add_up_exactly(
+    pack: Path, t: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "get", lambda: None)
+    whole, tiers = ExpertStore(opened(pack)), store(pack, 6)
+    seen = []
+    tiers.watch(lambda layer, ids: seen.append((layer, ids.clone())))
+    for seed in range(12):
+        x, ids, w = step(t, seed, among=8)
+        before = tiers.meters.vram_hits
+        found = tiers.run(2, x, ids, w)
+        torch.testing.assert_close(found, whole.run(2, x, ids, w), atol=1e-5, rtol=1e-4)
+        assert seen[-1][0] == 2 and torch.equal(seen[-1][1], ids)  # experts in VRAM are told too
+        tiers.vram.end_of_step()  # type: ignore[union-attr]
+    assert tiers.meters.vram_hits > before
+    assert len(seen) == 12
 
 
 def test_what_is_wanted_most_comes_in_slowly_and_stays(pack: Path) -> None:
@@ -113,6 +135,18 @@ def test_what_is_wanted_most_comes_in_slowly_and_stays(pack: Path) -> None:
     assert (used.vram_hits, used.ram_hits, used.misses, used.disk_bytes) == (K, 0, 0, 0)
 
 
+def test_guesses_are_read_but_for_those_in_vram(pack: Path) -> None:
+    tiers = store(pack, 4, ram=0)
+    assert tiers.vram is not None
+    expert = ExpertStore(opened(pack)).ram.get(2)[3]
+    tiers.vram.touch((2, 3))
+    assert tiers.vram.consider((2, 3), expert)
+    tiers.run(1, *step(1, 0), guess=(2, torch.tensor([3, 7])))
+    assert tiers.meters.prefetched == 1
+    tiers.run(2, torch.randn(1, D), torch.tensor([[0, 3, 7, 9]]).int(), torch.rand(1, K))
+    assert (tiers.meters.staged_hits, tiers.meters.vram_hits) == (1, 1)
+
+
 def test_a_prompt_changes_nothing_in_vram(pack: Path) -> None:
     tiers = store(pack, 4)
     for seed in range(20):
@@ -125,8 +159,18 @@ def test_a_prompt_changes_nothing_in_vram(pack: Path) -> None:
     assert tiers.meters.uploads == uploads
 
 
-def test_formats_no_device_multiplies_are_refused(tmp_path: Path) -> None:
-    pack = make(tmp_path, "mxfp4")
-    with pytest.raises(UsageError, match="mxfp4") as caught:
-        tier(pack, 4)
-    assert "--vram 0" in caught.value.hint
+def test_layers_stored_in_different_ways_share_the_slots(tmp_path: Path) -> None:
+    small, large = (opened(make(tmp_path / fmt, fmt)) for fmt in ("nf4", "int8"))
+    layouts = {1: small.pack.expert_layout(1), 2: large.pack.expert_layout(2)}
+    sizes = [SlotLayout.of(layout, torch.device("cpu")).nbytes for layout in layouts.values()]
+    vram = VramTier(layouts, 3 * max(sizes), "cpu")
+    assert vram.slot_bytes == max(sizes) > min(sizes)
+    x = torch.randn(2, D)
+    for layer, weights in ((1, small), (2, large), (1, small), (2, large)):
+        expert = weights.expert(layer, layer)
+        vram.touch((layer, layer))
+        vram.consider((layer, layer), expert)
+        wanted = apply(expert, x)
+        error = (vram.run((layer, layer), x) - wanted).norm() / wanted.norm()
+        assert error < BOUND
+        vram.end_of_step()

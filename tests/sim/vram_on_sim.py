@@ -1,4 +1,4 @@
-"""The expert tiers with VRAM on the stand-in device, in a process of its own: python ... PACK CASE.
+"""Experts on the stand-in device, in a process of its own: python ... PACK CASE.
 
 CASE "right" runs the code as it is; the others leave one wait out and must be caught. The last line
 is one JSON object. Called by tests/test_sim_device.py.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sim_device
 
 from mimo_local import device
-from mimo_local.experts import vram
+from mimo_local.experts import device_store, vram
+from mimo_local.experts.device_store import DeviceStore
 from mimo_local.experts.store import ExpertStore
 from mimo_local.experts.tiered import TieredStore
 from mimo_local.weights import PackWeights, open_weights
@@ -37,20 +39,31 @@ def leave_out(case: str) -> None:
     if case == "staging refilled too early":
         plain = vram._Staging.fill
 
-        def fill(self: vram._Staging, expert: object) -> None:
+        def fill(self: vram._Staging, *args: Any) -> None:
             self.sent = device.Mark(torch.device("cpu"))
-            plain(self, expert)  # type: ignore[arg-type]
+            plain(self, *args)
 
         vram._Staging.fill = fill  # type: ignore[method-assign]
-    if case == "results read too early":
-        collect = vram.Pending.collect
+    if case == "choice read too early":
+        device_store._Letter.read = early  # type: ignore[method-assign]
+    if case == "results overwritten too early":
+        plain_send = device_store._Return.send
 
-        def early(self: vram.Pending, out: torch.Tensor) -> None:
-            collect(vram.Pending(self.order, self.back, device.Mark(torch.device("cpu")), ()), out)
+        def send(self: device_store._Return, y: torch.Tensor) -> torch.Tensor:
+            there = plain_send(self, y)
+            assert self._rows is not None
+            self._rows.fill_(7.0)  # what the layer after the next does, if nothing stops it
+            return there
 
-        vram.Pending.collect = early  # type: ignore[method-assign]
+        device_store._Return.send = send  # type: ignore[method-assign]
     if case == "CPU and device mixed":
-        vram.VramTier._mlp = lambda self, slot, x: x + torch.ones(x.shape)  # type: ignore[method-assign]
+        vram.VramTier.run = lambda self, key, x: x + torch.ones(x.shape)  # type: ignore[method-assign]
+
+
+def early(self: device_store._Letter) -> tuple[torch.Tensor, ...]:
+    """As `read`, without the wait."""
+    n = self._n
+    return self._rows[:n], self._ids[:n].clamp(0, 7), self._weights[:n], None
 
 
 def main(pack: str, case: str) -> None:
@@ -62,7 +75,8 @@ def main(pack: str, case: str) -> None:
     before = sim.counters().live
     tier = vram.VramTier(layouts, 6 * vram.VramTier(layouts, 0, "sim").slot_bytes, "sim")
     stride = layouts[layer].stride
-    store = TieredStore(opened, 40 * stride, reserve=0, prefetch="off", vram=tier)
+    inner = TieredStore(opened, 40 * stride, reserve=0, prefetch="off")
+    store = DeviceStore(inner, tier, "sim", list(layouts))
     whole = ExpertStore(opened)
     k, d = config.experts_per_token, config.hidden_size
     leave_out(case)
@@ -75,9 +89,11 @@ def main(pack: str, case: str) -> None:
     # NF4 by bitsandbytes' reference is a hundred small operations a product, 0.8 s a step there.
     for seed in range(60 if layouts[layer].format == "int8" else 15):
         x, ids, w = step(seed, config.n_experts, k, d)
+        there = [part.to("sim") for part in (x, ids, w)]
         start = sim.counters().syncs
-        found = store.run(layer, x, ids, w)
+        y = store.run(layer, *there)
         syncs.append(sim.counters().syncs - start)
+        found = y.cpu()
         wanted = whole.run(layer, x, ids, w)
         worst = max(worst, float(((found - wanted).norm() / wanted.norm()).nan_to_num(9.9)))
     counters = sim.counters()
