@@ -201,9 +201,13 @@ class Memory:
                 continue
             if other != stream and clock.get(other, 0) < at:
                 verb = ("reads", "writes")[write], ("reads", "writes")[wrote]
+                # Memory the allocator hands out may be what kernels of its stream still use.
+                fresh = ": a new stream has to wait for where its memory comes from" * (
+                    "empty" in by
+                )
                 raise Hazard(
                     f"{what} ({names[stream]}) {verb[0]} bytes that {by} ({names[other]}) "
-                    f"{verb[1]}, and does not wait for it"
+                    f"{verb[1]}, and does not wait for it{fresh}"
                 )
             if write and span[0] <= low and high <= span[1]:
                 del self.accesses[key]
@@ -424,6 +428,16 @@ class FakeCuda(TorchDispatchMode):
         return value
 
     def _lint(self, func: Any, tensors: list[torch.Tensor], kwargs: Any) -> None:
+        if func.namespace == "bitsandbytes":
+            for tensor in tensors:
+                # Its kernels get addresses and read 16 bytes at a time.
+                if (
+                    not tensor.is_contiguous()
+                    or tensor.storage_offset() * tensor.element_size() % 16
+                ):
+                    raise Broken(
+                        f"{func} was given {tuple(tensor.shape)} by strides or off 16 bytes"
+                    )
         kinds = {t.device.type for t in tensors if t.dim() > 0}
         if len(kinds) > 1:
             shapes = ", ".join(f"{t.device.type} {tuple(t.shape)}" for t in tensors)
