@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mimo_local import __version__, hardware, kernels, runs, verdicts
+from mimo_local import __version__, gpu_facts, gpu_report, hardware, kernels, runs, verdicts
 from mimo_local.errors import MimoError
 from mimo_local.plan import here
 from mimo_local.plan.planner import span
@@ -91,6 +91,7 @@ def examine(*, seconds: float = 0.5, env: Mapping[str, str] = os.environ) -> Rep
     paths = Paths.default(env)
     facts = hardware.detect(paths.data_dir)
     _machine(notes, facts, seconds)
+    _gpu(notes)
     _kernels(notes, facts, env)
     _storage(notes, facts, paths, seconds, env)
     _software(notes)
@@ -122,6 +123,20 @@ def _machine(notes: _Notes, facts: hardware.Hardware, seconds: float) -> None:
             f"{gb(facts.ram_available)} of RAM are available",
             "close other programs; the demo model needs about 2 GB",
         )
+
+
+def _gpu(notes: _Notes) -> None:
+    """The cards, the driver, and what torch and bitsandbytes make of them; nothing without one."""
+    answer, around = gpu_facts.ask_driver(), gpu_facts.around()
+    if not gpu_report.present(answer, around):
+        return
+    build, probe = torch_build(), None
+    if answer.cards and build.startswith("CUDA"):
+        probe = gpu_facts.probe(max(answer.cards, key=lambda card: card.total).index)
+    users = gpu_facts.users() if answer.cards else ()
+    found = gpu_report.examine(answer, around, build, probe, users)
+    notes.section("GPU", *found.lines)
+    notes.problems += [Problem(*trouble) for trouble in found.troubles]
 
 
 def _kernels(notes: _Notes, facts: hardware.Hardware, env: Mapping[str, str]) -> None:
