@@ -78,7 +78,10 @@ class View(NamedTuple):
 
 
 def _addresses(*parts: torch.Tensor | None) -> tuple[int, int, int, int]:
-    k, v, k_scales, v_scales = (0 if part is None else part.data_ptr() for part in parts)
+    # Addresses are for the kernels: on a device there are none for them.
+    k, v, k_scales, v_scales = (
+        0 if part is None or part.device.type != "cpu" else part.data_ptr() for part in parts
+    )
     return k, v, k_scales, v_scales
 
 

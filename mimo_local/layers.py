@@ -365,8 +365,9 @@ class Layer:
 
     @cached_property
     def _split_mlp(self) -> SplitMixture:
-        part, following = self.moe, self.following
-        guess = None if following is None else (following.moe.layer, following.native_routing)
+        part, following, guess = self.moe, self.following, None
+        if following is not None and following.device is None:
+            guess = (following.moe.layer, following.native_routing)
         return SplitMixture(part.layer, part.experts, self.native_routing, guess)
 
     @cached_property

@@ -157,7 +157,7 @@ def likeliest(logits: torch.Tensor) -> tuple[int, float]:
     if logits.device.type != "cpu":  # one wait for both; ids below 2^24 are exact in float32
         logits = logits.float()
         top, at = logits.max(0)
-        both = torch.stack((at.float(), logits.sub(top).exp_().sum())).tolist()
+        both = moved(torch.stack((at.float(), logits.sub(top).exp_().sum())), None).tolist()
         return int(both[0]), 1.0 / both[1]
     top, found = logits.max(0)
     return int(found), float(1.0 / logits.sub(top).exp_().sum())

@@ -1,8 +1,9 @@
 """A stored matrix on an accelerator: the bytes it has there, and the product made from them.
 
 Codes lie there as in the pack; NF4 scales are widened to float32, as bitsandbytes wants them. 4-bit
-products go through bitsandbytes, which multiplies few rows straight from the codes; MXFP4, which it
-does not know, and 8-bit weights are unpacked to the activations' dtype first. Runs on any torch
+products go through bitsandbytes, which multiplies few rows straight from the codes, as our Triton
+kernel does with 8-bit ones; MXFP4, which neither knows, and 8 bits for many rows or without Triton
+are unpacked to the activations' dtype first. Runs on any torch
 device, the CPU included: what the tests do. Called by `mimo_local.device_linear` and the experts'
 VRAM tier; the CPU's own products are in `formats`.
 """
@@ -15,6 +16,7 @@ from typing import Final
 import torch
 import torch.nn.functional as F
 
+from mimo_local.kernels import triton_w8
 from quant.formats import BLOCK, MX_BLOCK, Format, Parts, PartShapes, get_format
 
 PLAIN: Final = ("bf16", "f32")
@@ -85,6 +87,8 @@ def product(x: torch.Tensor, name: str, parts: Parts, rows: int, cols: int) -> t
         return y
     if name in PLAIN:
         return F.linear(x, parts["weight"].to(x.dtype))
+    if name == "int8" and x.shape[0] <= triton_w8.ROWS and triton_w8.available(x.device):
+        return triton_w8.product(x, parts["codes"], parts["scales"])
     step = max(1, _UNPACKED // cols)
     if rows <= step:
         return _unpacked_product(x, name, parts, rows, cols)

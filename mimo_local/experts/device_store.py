@@ -133,8 +133,10 @@ class DeviceStore(Store):
         return self._on_the_host(partial(self.inner.sweep, cancel=cancel), layer, x, ids, w)
 
     def close(self) -> None:
-        """The inner store's threads and files."""
+        """The inner store's threads and files, and what is on its way to VRAM."""
         self.inner.close()
+        if self.vram is not None:
+            self.vram.close()
 
     # ---- the device's share ----------------------------------------------------------------------
 

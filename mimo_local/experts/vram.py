@@ -95,6 +95,11 @@ class VramTier:
         self._used[slot].set()
         return y
 
+    def close(self) -> None:
+        """Until nothing is on its way here: the memory may be given back then."""
+        for mark in self._arrived:
+            mark.wait()
+
     def _upload(self, slot: int, layout: SlotLayout, expert: Expert) -> None:
         staging = self._staging[self._turn % len(self._staging)]
         self._turn += 1
