@@ -18,12 +18,10 @@ from quant.recipe import FORMAT_NAMES, Recipe
 
 GB = 1_000_000_000
 SCALE_GROWTH = 18 / 17  # a 4-bit expert in VRAM: 64 weights are 32 bytes and a float32, not float16
-VRAM_EXPERTS = ("nf4", "int8")  # formats of experts that `experts.vram` multiplies
 ALIGN = 4096  # an expert starts on a page, so that one direct read brings it
 CHUNK = 512  # rows of one prefill step: what the activations are sized for
 HIDDEN_BUFFERS = 3  # residual stream, normed rows, a layer's output
 RESTARTS = 8  # points a session keeps to return to
-SCORES = 1 << 24  # float32 scores of one block of a prompt's attention, at most (`ops`)
 KV_ITEMSIZES = {"f32": 4, "bf16": 2, "int8": 1}  # bytes of a number in full layers
 SCALE = 4  # bytes; int8 has one for the keys and one for the values of a row and head
 RING_SLACK, RING_SPARE = 3, 32  # rows of a sliding layer beside its window (`cache.RingKV`)
@@ -51,21 +49,12 @@ def matrix_bytes(fmt: str, rows: int, cols: int) -> int:
     raise UsageError(f"there is no weight format `{fmt}`", hint=f"formats: {known}")
 
 
-def device_bytes(fmt: str, rows: int, cols: int) -> int | None:
-    """The same on an accelerator, 4-bit scales in float32 and floats in bfloat16.
-
-    None for a format that nothing multiplies there (`quant.on_device`).
-    """
-    if fmt in ("nf4", "mxfp4") and cols % 64:
-        fmt = "int8"
-    match fmt:
-        case "nf4":
-            return rows * cols // 2 + rows * cols // 16
-        case "int8":
-            return rows * cols + rows * 4
-        case "bf16" | "f32":
-            return rows * cols * 2
-    return None
+def device_bytes(fmt: str, rows: int, cols: int) -> int:
+    """The same on an accelerator: scales of NF4 are float32, floats bfloat16 (`on_device`)."""
+    if fmt in ("bf16", "f32"):
+        return rows * cols * 2
+    nbytes = matrix_bytes(fmt, rows, cols)
+    return nbytes + rows * cols // 32 if fmt == "nf4" and cols % 64 == 0 else nbytes
 
 
 def matrices(config: ModelConfig) -> Iterator[tuple[str, int, int, int]]:
@@ -138,15 +127,27 @@ def restart_bytes(config: ModelConfig, itemsize: int = 2) -> int:
 
     Copies at the points it can return to, one more while a long prompt is read, spare rows.
     """
-    return sum(layer_restart_bytes(layer, itemsize) for layer in config.layers)
+    copies = sum(
+        _row_bytes(layer, itemsize) * (layer.window + RING_SLACK)
+        for layer in config.layers
+        if layer.window is not None
+    )
+    spare = sum(layer_spare_bytes(layer, itemsize) for layer in config.layers)
+    return (RESTARTS + 1) * copies + spare
 
 
-def layer_restart_bytes(layer: LayerSpec, itemsize: int = 2) -> int:
-    """One layer's share of `restart_bytes`: nothing of a layer that keeps all rows."""
-    if layer.window is None:
-        return 0
-    rows = (RESTARTS + 1) * (layer.window + RING_SLACK) + RING_SLACK + RING_SPARE
-    return layer.kv_heads * (layer.head_dim + layer.v_head_dim) * ring_itemsize(itemsize) * rows
+def layer_spare_bytes(layer: LayerSpec, itemsize: int = 2) -> int:
+    """Of `restart_bytes` what lies beside the window itself, and not in the host's memory always.
+
+    Spare rows of one layer's ring.
+    """
+    rows = 0 if layer.window is None else RING_SLACK + RING_SPARE
+    return _row_bytes(layer, itemsize) * rows
+
+
+def _row_bytes(layer: LayerSpec, itemsize: int) -> int:
+    """Of one position in a sliding layer."""
+    return layer.kv_heads * (layer.head_dim + layer.v_head_dim) * ring_itemsize(itemsize)
 
 
 def activation_bytes(config: ModelConfig, *, native: bool = True) -> int:
@@ -172,15 +173,13 @@ class LayerSize:
     dense: int = 0
     exact: int = 0
     """Router, norms, sinks; float32 everywhere."""
-    vram_attention: int | None = 0
-    """On an accelerator; None: in a format that nothing multiplies there."""
-    vram_dense: int | None = 0
+    vram_attention: int = 0
+    """On an accelerator."""
+    vram_dense: int = 0
 
     @property
-    def vram(self) -> int | None:
-        """All of it on an accelerator, None if it cannot be there."""
-        if self.vram_attention is None or self.vram_dense is None:
-            return None
+    def vram(self) -> int:
+        """All of it on an accelerator."""
         return self.vram_attention + self.vram_dense + self.exact
 
 
@@ -204,12 +203,10 @@ class PackSizes:
     """Bytes in memory of the 4-bit copy of the head that drafts are made with."""
     layers: tuple[LayerSize, ...] = ()
     """Attention, dense and exact parts layer by layer."""
-    vram_head: int | None = None
-    """Head and final norm on an accelerator; None: not possible."""
-    vram_drafter: int | None = None
-    """MTP layers with their norms and their head there."""
-    in_vram: bool = True
-    """Whether experts stored like this are multiplied in VRAM."""
+    vram_head: int = 0
+    """Head and final norm on an accelerator."""
+    vram_drafter: int = 0
+    """MTP layers with their norms and their head there; 0 without any."""
 
     @classmethod
     def estimate(cls, config: ModelConfig, recipe: Recipe | None = None) -> PackSizes:
@@ -289,7 +286,7 @@ class PackSizes:
 
 def _slot(nbytes: int, fmt: str) -> int:
     """Bytes in VRAM of an expert that has `nbytes` in the pack, rounded up to 256."""
-    grown = math.ceil(nbytes * (SCALE_GROWTH if fmt == "nf4" else 1))
+    grown = math.ceil(nbytes * {"nf4": SCALE_GROWTH, "f32": 0.5}.get(fmt, 1))
     return -(-grown // 256) * 256
 
 
@@ -298,61 +295,55 @@ class _Tally:
 
     def __init__(self, hidden: int) -> None:
         self.size = dict.fromkeys((*KINDS, "exact"), 0)
-        self.vram: dict[str, int | None] = dict.fromkeys(KINDS, 0)
-        self.layers: dict[int, dict[str, int | None]] = {}
-        self.head: tuple[str, tuple[int, int]] | None = None
-        self.norm = 4 * hidden
+        self.layers: dict[int, dict[str, int]] = {}
+        self.head: tuple[str, int, int] | None = None
+        self.norm, self.mtp = 4 * hidden, 0
 
     def matrix(
         self, kind: str, fmt: str, shape: tuple[int, ...], count: int, layer: int | None = None
     ) -> None:
         """`count` matrices (rows, cols); ValueError for another shape."""
         rows, cols = shape
-        here, there = matrix_bytes(fmt, rows, cols) * count, device_bytes(fmt, rows, cols)
-        there = None if there is None else there * count
+        here, there = (size(fmt, rows, cols) * count for size in (matrix_bytes, device_bytes))
         self.size[kind] += here
-        self.vram[kind] = _sum(self.vram[kind], there)
         if kind == "head" or (kind == "embedding" and self.head is None):
-            self.head = (fmt, (rows, cols))
+            self.head = (fmt, rows, cols)
+        if kind == "mtp":
+            self.mtp += there
         if layer is not None and kind in ("attention", "dense"):
             mine = self._layer(layer)
-            mine[kind] = _sum(mine[kind], here)
-            mine[f"vram_{kind}"] = _sum(mine[f"vram_{kind}"], there)
+            mine[kind] += here
+            mine[f"vram_{kind}"] += there
 
     def exact(self, weights: int, layer: int | None = None) -> None:
         """Float32 numbers, of a layer or of none."""
         self.size["exact"] += 4 * weights
         if layer is not None:
-            mine = self._layer(layer)
-            mine["exact"] = _sum(mine["exact"], 4 * weights)
+            self._layer(layer)["exact"] += 4 * weights
 
-    def _layer(self, index: int) -> dict[str, int | None]:
+    def _layer(self, index: int) -> dict[str, int]:
         return self.layers.setdefault(index, {f.name: 0 for f in fields(LayerSize)})
 
     def sizes(self, expert: int, experts: int, kinds: list[tuple[int, str]]) -> PackSizes:
         """With `experts` of `expert` bytes; `kinds`: (bytes without padding, format) of layers."""
-        fmt, (rows, cols) = self.head or ("f32", (0, 0))
-        copied = bool(self.size["mtp"]) and rows * cols >= SMALL_HEAD and not cols % 64
+        fmt, rows, cols = self.head or ("f32", 0, 0)
+        copied = self.size["mtp"] > 0 and rows * cols >= SMALL_HEAD and not cols % 64
         copied = copied and fmt not in ("nf4", "mxfp4")
-        copy = device_bytes("nf4", rows, cols) if copied else 0
-        found = [LayerSize(**self.layers[i]) for i in sorted(self.layers)]  # type: ignore[arg-type]
-        norms = self.size["exact"] - self.norm - sum(layer.exact for layer in found)
+        copy, there = (
+            size("nf4", rows, cols) if copied else 0 for size in (matrix_bytes, device_bytes)
+        )
+        layers = tuple(LayerSize(**self.layers[i]) for i in sorted(self.layers))
+        norms = self.size["exact"] - self.norm - sum(layer.exact for layer in layers)
         return PackSizes(
             expert=expert,
             experts=experts,
             slot=max((_slot(*kind) for kind in kinds), default=0),
-            draft_head=matrix_bytes("nf4", rows, cols) if copied else 0,
-            layers=tuple(found),
-            vram_head=_sum(device_bytes(fmt, rows, cols), self.norm),
-            vram_drafter=_sum(self.vram["mtp"], (copy or 0) + norms) if self.size["mtp"] else None,
-            in_vram=all(name in VRAM_EXPERTS for _, name in kinds),
+            draft_head=copy,
+            layers=layers,
+            vram_head=device_bytes(fmt, rows, cols) + self.norm,
+            vram_drafter=self.mtp + there + norms if self.mtp else 0,
             **self.size,
         )
-
-
-def _sum(a: int | None, b: int | None) -> int | None:
-    """None if either is."""
-    return None if a is None or b is None else a + b
 
 
 def gb(nbytes: float) -> str:

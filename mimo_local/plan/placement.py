@@ -120,7 +120,7 @@ def place(
         hidden_budget=most,
         hidden_tokens=tokens,
         short=max(0, -ram),
-        notes=_notes(config, sizes, budget, there, on_disk),
+        notes=_notes(config, budget, there, on_disk),
     )  # fmt: skip
 
 
@@ -160,7 +160,7 @@ def _experts(config: ModelConfig, sizes: PackSizes, vram: int, ram: int) -> Plac
     in_vram = in_ram = staging = copies = 0
     slot = sizes.expert
     if sizes.experts:
-        in_vram = min(sizes.experts, vram // sizes.vram_slot) if sizes.in_vram else 0
+        in_vram = min(sizes.experts, vram // sizes.vram_slot)
         left = sizes.experts - in_vram
         if left * sizes.expert > ram:
             # A disk tier: the misses of the layer at work and guesses for the next one land here.
@@ -178,13 +178,9 @@ def _experts(config: ModelConfig, sizes: PackSizes, vram: int, ram: int) -> Plac
 
 
 def _notes(
-    config: ModelConfig,
-    sizes: PackSizes,
-    budget: Budget,
-    there: OnDevice,
-    on_disk: dict[str, int],
+    config: ModelConfig, budget: Budget, there: OnDevice, on_disk: dict[str, int]
 ) -> tuple[str, ...]:
-    notes = [*residents.notes(config, sizes, budget.vram, there)]
+    notes = [*residents.notes(config, budget.vram, there)]
     own = vram_reserve(budget)
     if 0 < budget.vram <= own:
         notes = [

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 # Shares of the peak that good code reaches: RAM by 4-bit kernels (measured 0.75-0.95 here), a drive
 # by whole experts with several reads in flight, VRAM and PCIe by large copies.
 RAM_EFF, DISK_EFF, VRAM_EFF, PCIE_EFF = 0.75, 0.8, 0.75, 0.85
+GPU_FLOPS = 80e12  # of an RTX 4090's 165 in bfloat16
 # Waking threads and launches per layer; sampling and the loop per token.
 LAYER_S, STEP_S = 90e-6, 2e-3
 # A layer on a GPU: some thirty launches and one wait for the router's choice.

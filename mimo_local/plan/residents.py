@@ -13,12 +13,10 @@ from mimo_local.config import ModelConfig
 from mimo_local.settings import Draft
 from mimo_local.sizes import (
     CHUNK,
-    SCORES,
     PackSizes,
     gb,
     layer_kv_bytes,
-    layer_restart_bytes,
-    matrices,
+    layer_spare_bytes,
 )
 
 VRAM_RESERVE = 2_500_000_000  # CUDA context, workspaces, the desktop's own use
@@ -28,6 +26,10 @@ STREAMS = (
 STAGING = 2  # pinned buffers that experts wanted most come in through (`experts.vram`)
 HIDDEN_SHARE = 8  # at most an eighth of the VRAM goes to hidden states of a prompt
 LEAST_ROWS = CHUNK  # rows of a pass that there is always room for
+UNPACKED = 1 << 25  # weights widened at once (`quant.on_device`)
+BLOCK = 256  # rows of a sliding layer's block of attention (`device_attention`)
+VERIFIED = 4  # rows of a step of one sequence: a token and its drafts
+SWEPT, SHARED = 2048, 8192  # rows of one expert, rows the CPU takes over (`experts.device_sweep`)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,7 @@ class OnDevice:
     kv: int = 0
     """Keys and values of a context as long as planned."""
     restarts: int = 0
+    """Spare rows of rings; the points to return to are copies in RAM."""
     head_bytes: int = 0
     drafter_bytes: int = 0
     work: int = 0
@@ -69,21 +72,30 @@ class OnDevice:
 
 
 def hidden_bytes(config: ModelConfig, rows: int) -> int:
-    """Hidden states in float32, normed rows in bfloat16, what experts made of them; choices."""
-    return rows * (10 * config.hidden_size + 12 * config.experts_per_token)
+    """Hidden states and what experts made of them in float32, normed rows in bfloat16; choices."""
+    return rows * (10 * config.hidden_size + 40 * config.experts_per_token)
 
 
-def work_bytes(config: ModelConfig, context: int) -> int:
-    """One chunk of a prompt: its rows, keys and values as numbers, scores, one widened matrix."""
+def work_bytes(config: ModelConfig, context: int, kv_itemsize: int = 2) -> int:
+    """The largest of what one layer needs at once, and room for caches to grow in."""
     heads = max(ly.heads * (ly.head_dim + ly.v_head_dim) for ly in config.layers)
     inner = max(ly.intermediate for ly in config.layers)
-    rows = 4 * CHUNK * (8 * config.hidden_size + 2 * heads + 3 * inner)
-    keys = max(
-        4 * ly.kv_heads * (ly.head_dim + ly.v_head_dim) * min(context, ly.window or context)
+    hidden, width = config.hidden_size, config.moe_intermediate_size
+    rows = 4 * CHUNK * (8 * hidden + 2 * heads + 3 * inner)
+    # Scores in float32, their exponentials, those in bfloat16.
+    scores = 10 * max(
+        ly.heads * (VERIFIED * context if ly.window is None else BLOCK * (BLOCK + ly.window))
         for ly in config.layers
     )
-    sizes = (r * c for kind, r, c, _ in matrices(config) if kind not in ("embedding", "head"))
-    return rows + keys + 2 * 4 * SCORES + 2 * max(sizes)
+    full = [ly for ly in config.layers if ly.window is None]
+    keys = [layer_kv_bytes(ly, context, kv_itemsize) for ly in full]
+    # 8-bit keys and values become float32 and bfloat16 before they are multiplied.
+    numbers = 6 * max((layer_kv_bytes(ly, context, 1) for ly in full), default=0)
+    attention = rows + scores + (numbers if kv_itemsize == 1 else 0) + 2 * 2 * UNPACKED
+    sweep = SWEPT * (8 * hidden + 6 * width) + 4 * hidden * width + 6 * SHARED * hidden
+    # A full layer's rows grow by an eighth, and old and new ones are there for a moment.
+    growing = sum(keys) // 8 + max(keys, default=0)
+    return max(attention, sweep if config.is_moe else 0) + growing
 
 
 def on_device(
@@ -98,8 +110,8 @@ def on_device(
 ) -> OnDevice:
     """As much as fits into `vram` bytes without `reserve`."""
     reserve, vram = min(vram, reserve), vram - reserve
-    work = work_bytes(config, context)
-    streamed = sizes.experts > 0 and sizes.in_vram
+    work = work_bytes(config, context, kv_itemsize)
+    streamed = sizes.experts > 0
     streams = STREAMS * sizes.vram_slot if streamed else 0
     one = hidden_bytes(config, 1)
     rows = max(LEAST_ROWS, min(context, max(0, vram) // HIDDEN_SHARE // one)) if streamed else CHUNK
@@ -107,22 +119,24 @@ def on_device(
     left = vram - work - streams - hidden
     attention = dense = exact = kv = restarts = count = 0
     for spec, size in zip(config.layers, sizes.layers, strict=False):
-        keys, points = layer_kv_bytes(spec, context, kv_itemsize), layer_restart_bytes(spec)
-        if size.vram is None or size.vram + keys + points > left:
+        keys = layer_kv_bytes(spec, context, kv_itemsize)
+        points = layer_spare_bytes(spec, kv_itemsize)
+        if size.vram + keys + points > left:
             break
         left -= size.vram + keys + points
-        attention, dense = attention + (size.vram_attention or 0), dense + (size.vram_dense or 0)
+        attention, dense = attention + size.vram_attention, dense + size.vram_dense
         exact, kv, restarts = exact + size.exact, kv + keys, restarts + points
         count += 1
     if not count:
         return OnDevice()
     head = drafter = 0
-    if count == config.n_layers and sizes.vram_head is not None and sizes.vram_head <= left:
+    if count == config.n_layers and sizes.vram_head <= left:
         head, left = sizes.vram_head, left - sizes.vram_head
-    if head and drafting != "off" and sizes.vram_drafter and sizes.vram_drafter <= left:
+    if head and drafting != "off" and sizes.vram_drafter <= left:
         drafter, left = sizes.vram_drafter, left - sizes.vram_drafter
     wanted = head and streamed
     pinned = sizes.staging_slot * ((STREAMS if streamed else 0) + (STAGING if wanted else 0))
+    pinned += 6 * SHARED * config.hidden_size if streamed else 0
     return OnDevice(
         layers=count, head=head > 0, drafter=drafter > 0,
         attention=attention, dense=dense, exact=exact, kv=kv, restarts=restarts,
@@ -132,25 +146,19 @@ def on_device(
     )  # fmt: skip
 
 
-def notes(config: ModelConfig, sizes: PackSizes, vram: int, found: OnDevice) -> tuple[str, ...]:
+def notes(config: ModelConfig, vram: int, found: OnDevice) -> tuple[str, ...]:
     """Why a GPU has less to do than somebody might expect; `vram`: all there is of it."""
-    if vram <= 0 or (found.head and (sizes.in_vram or not sizes.experts)):
+    if vram <= 0 or found.head:
         return ()
-    if found.head:
-        return ("experts stay in RAM and on disk: no GPU multiplies them as they are stored",)
-    if found.layers:
-        whole = found.layers == config.n_layers
-        where = (
-            "all layers but not the head"
-            if whole
-            else (f"{found.layers} of {config.n_layers} layers")
-        )
+    if not found.layers:
         return (
-            f"{gb(vram)} of VRAM hold {where}, and no experts: a shorter --context leaves room "
-            "for more",
+            f"{gb(vram)} of VRAM are too few for one layer beside the buffers: the GPU is not used",
         )
-    if sizes.layers and sizes.layers[0].vram is None:
-        return ("the GPU is not used: it does not multiply the formats of this pack",)
+    whole = found.layers == config.n_layers
+    where = (
+        "all layers but not the head" if whole else f"{found.layers} of {config.n_layers} layers"
+    )
     return (
-        f"{gb(vram)} of VRAM are too few for one layer beside the buffers: the GPU is not used",
+        f"{gb(vram)} of VRAM hold {where}, and no experts: a shorter --context leaves room for "
+        "more",
     )

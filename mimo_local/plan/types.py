@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Literal
 
 from mimo_local.errors import DiskSpaceError, MimoError, NotEnoughMemoryError
-from mimo_local.plan.rates import Calibration
+from mimo_local.plan.rates import GPU_FLOPS, Calibration
 from mimo_local.plan.residents import OnDevice
 from mimo_local.sizes import PackSizes
 
@@ -30,7 +30,7 @@ class Budget:
     disk_rate: float = 7e9
     vram_rate: float = 1008e9
     pcie_rate: float = 25e9
-    gpu_flops: float = 80e12
+    gpu_flops: float = GPU_FLOPS
     """Reached by a GPU in a long prompt's products, multiply-adds counted twice."""
     gpu: str = "RTX 4090"
     """The card whose rates these are."""
