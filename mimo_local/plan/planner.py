@@ -5,6 +5,7 @@ The same function answers `mimo plan` and sets the tiers' budgets when a model i
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -19,6 +20,7 @@ from mimo_local.settings import Draft
 from mimo_local.sizes import PackSizes, gb, kv_bytes
 
 PAGES, PAGE_TOKENS = 100, 550  # a page of a printed document has 500 to 600 tokens
+ASKED, ANSWERED = 1024, 256  # tokens of a request that stands for others
 
 
 def plan(
@@ -94,6 +96,18 @@ def forecast(
         config, made.sizes, made.placement, rates_of(made.budget, made.placement),
         curves=curves, tokens=tokens, depth=depth,
     )  # fmt: skip
+
+
+def gains(config: ModelConfig, there: Plan, here: Plan) -> bool:
+    """Whether a prompt of a page or two and its answer take less time by `there` than by `here`."""
+    if not (there.fits and here.fits):
+        return there.fits
+
+    def seconds(made: Plan) -> float:
+        found = forecast(config, made, tokens=ASKED)
+        return found.prefill.seconds + ANSWERED / statistics.fmean(found.tokens_per_s)
+
+    return seconds(there) < seconds(here)
 
 
 def rates_of(budget: Budget, found: Placement) -> Rates:

@@ -63,6 +63,8 @@ class OnDevice:
     """What experts may have."""
     reserve: int = 0
     """Left alone."""
+    room: int = 0
+    """What layers, head, drafter and experts may have together."""
 
     @property
     def nbytes(self) -> int:
@@ -116,7 +118,7 @@ def on_device(
     one = hidden_bytes(config, 1)
     rows = max(LEAST_ROWS, min(context, max(0, vram) // HIDDEN_SHARE // one)) if streamed else CHUNK
     hidden = rows * one
-    left = vram - work - streams - hidden
+    room = left = vram - work - streams - hidden
     attention = dense = exact = kv = restarts = count = 0
     for spec, size in zip(config.layers, sizes.layers, strict=False):
         keys = layer_kv_bytes(spec, context, kv_itemsize)
@@ -142,7 +144,7 @@ def on_device(
         attention=attention, dense=dense, exact=exact, kv=kv, restarts=restarts,
         head_bytes=head, drafter_bytes=drafter,
         work=work, hidden=hidden, rows=rows, streams=streams, pinned=pinned,
-        left=left if wanted else 0, reserve=reserve,
+        left=left if wanted else 0, reserve=reserve, room=room,
     )  # fmt: skip
 
 
