@@ -21,6 +21,7 @@ from mimo_local.errors import UsageError
 KvDtype = Literal["auto", "f32", "bf16", "int8"]
 Prefetch = Literal["auto", "on", "off"]
 Draft = Literal["auto", "on", "off"]
+Device = Literal["auto", "cpu", "cuda"]
 PACK_MANIFEST: Final = "pack.json"
 """The file whose presence makes a folder a finished pack (it is written last)."""
 
@@ -187,6 +188,7 @@ class Settings:
     context: int | None = None
     threads: int | None = None
     ram: int | None = None
+    device: Device = "auto"
     vram: int | None = None
     prefetch: Prefetch = "auto"
     draft: Draft = "auto"
@@ -262,9 +264,14 @@ _RULES: Final[dict[str, tuple[Callable[[Any], Any], str]]] = {
         _size,
         "most RAM to use, like 48GB: what does not fit stays on disk; unset: what is free",
     ),
+    "device": (
+        _choice(*get_args(Device)),
+        "where the model runs besides its experts; cuda: on the GPU, or not at all; "
+        "auto: on the GPU if there is one and the plan expects it to be faster",
+    ),
     "vram": (
         _room,
-        "most GPU memory for experts, like 12GB; 0: none; unset: what is free, if there is a GPU",
+        "most GPU memory to use, like 12GB; 0: none; unset: what is free, if there is a GPU",
     ),
     "prefetch": (
         _choice(*get_args(Prefetch)),

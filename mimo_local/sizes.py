@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from mimo_local.config import LayerSpec, ModelConfig
 from mimo_local.errors import PackError, UsageError
-from quant.inventory import role_of
+from quant.inventory import layer_of, role_of
 from quant.recipe import FORMAT_NAMES, Recipe
 
 GB = 1_000_000_000
@@ -49,6 +49,14 @@ def matrix_bytes(fmt: str, rows: int, cols: int) -> int:
     raise UsageError(f"there is no weight format `{fmt}`", hint=f"formats: {known}")
 
 
+def device_bytes(fmt: str, rows: int, cols: int) -> int:
+    """The same on an accelerator: scales of NF4 are float32, floats bfloat16 (`on_device`)."""
+    if fmt in ("bf16", "f32"):
+        return rows * cols * 2
+    nbytes = matrix_bytes(fmt, rows, cols)
+    return nbytes + rows * cols // 32 if fmt == "nf4" and cols % 64 == 0 else nbytes
+
+
 def matrices(config: ModelConfig) -> Iterator[tuple[str, int, int, int]]:
     """(kind, rows, cols, how many) of every matrix; kinds: KINDS and "experts"."""
     hidden = config.hidden_size
@@ -56,11 +64,8 @@ def matrices(config: ModelConfig) -> Iterator[tuple[str, int, int, int]]:
     if not config.tie_embeddings:
         yield "head", config.vocab_size, hidden, 1
     for layer in config.layers:
-        yield from (("attention", *shape, 1) for shape in _attention(layer, hidden))
-        if layer.mlp == "dense":
-            yield "dense", layer.intermediate, hidden, 2
-            yield "dense", hidden, layer.intermediate, 1
-        else:
+        yield from _resident(layer, hidden)
+        if layer.mlp == "moe":
             yield "experts", config.moe_intermediate_size, hidden, 2 * config.n_experts
             yield "experts", hidden, config.moe_intermediate_size, config.n_experts
     if config.mtp_layer is not None and config.n_mtp_layers:
@@ -73,15 +78,8 @@ def matrices(config: ModelConfig) -> Iterator[tuple[str, int, int, int]]:
 
 def exact_weights(config: ModelConfig) -> int:
     """Weights kept in float32: routers with their bias, norms, sinks (main layers and MTP)."""
-    count = config.hidden_size * (1 + 2 * config.n_layers)
-    count += sum(layer.heads for layer in config.layers if layer.has_sink)
-    count += sum(
-        config.n_experts * (config.hidden_size + 1) for layer in config.layers if layer.mlp == "moe"
-    )
-    if config.mtp_layer is not None:
-        sink = config.mtp_layer.heads if config.mtp_layer.has_sink else 0
-        count += config.n_mtp_layers * (5 * config.hidden_size + sink)
-    return count
+    count = config.hidden_size + sum(_exact(config, layer) for layer in config.layers)
+    return count + _exact_mtp(config)
 
 
 def active_weights(config: ModelConfig) -> int:
@@ -102,15 +100,15 @@ def kv_bytes(config: ModelConfig, tokens: int, itemsize: int = 2) -> int:
 
     `itemsize`: of a number as full layers keep it, see `KV_ITEMSIZES`.
     """
-    total = 0
-    for layer in config.layers:
-        width = layer.head_dim + layer.v_head_dim
-        if layer.window is None:
-            head = width * itemsize + (2 * SCALE if itemsize == 1 else 0)
-            total += layer.kv_heads * head * tokens
-        else:
-            total += layer.kv_heads * width * ring_itemsize(itemsize) * min(tokens, layer.window)
-    return total
+    return sum(layer_kv_bytes(layer, tokens, itemsize) for layer in config.layers)
+
+
+def layer_kv_bytes(layer: LayerSpec, tokens: int, itemsize: int = 2) -> int:
+    """One layer's share of `kv_bytes`."""
+    width = layer.head_dim + layer.v_head_dim
+    if layer.window is not None:
+        return layer.kv_heads * width * ring_itemsize(itemsize) * min(tokens, layer.window)
+    return layer.kv_heads * tokens * (width * itemsize + (2 * SCALE if itemsize == 1 else 0))
 
 
 def ring_itemsize(itemsize: int) -> int:
@@ -129,14 +127,27 @@ def restart_bytes(config: ModelConfig, itemsize: int = 2) -> int:
 
     Copies at the points it can return to, one more while a long prompt is read, spare rows.
     """
-    rows = [
-        (layer.kv_heads * (layer.head_dim + layer.v_head_dim), layer.window)
+    copies = sum(
+        _row_bytes(layer, itemsize) * (layer.window + RING_SLACK)
         for layer in config.layers
         if layer.window is not None
-    ]
-    copies = sum(width * (window + RING_SLACK) for width, window in rows)
-    spare = sum(width * (RING_SLACK + RING_SPARE) for width, _ in rows)
-    return ring_itemsize(itemsize) * ((RESTARTS + 1) * copies + spare)
+    )
+    spare = sum(layer_spare_bytes(layer, itemsize) for layer in config.layers)
+    return (RESTARTS + 1) * copies + spare
+
+
+def layer_spare_bytes(layer: LayerSpec, itemsize: int = 2) -> int:
+    """Of `restart_bytes` what lies beside the window itself, and not in the host's memory always.
+
+    Spare rows of one layer's ring.
+    """
+    rows = 0 if layer.window is None else RING_SLACK + RING_SPARE
+    return _row_bytes(layer, itemsize) * rows
+
+
+def _row_bytes(layer: LayerSpec, itemsize: int) -> int:
+    """Of one position in a sliding layer."""
+    return layer.kv_heads * (layer.head_dim + layer.v_head_dim) * ring_itemsize(itemsize)
 
 
 def activation_bytes(config: ModelConfig, *, native: bool = True) -> int:
@@ -152,6 +163,24 @@ def activation_bytes(config: ModelConfig, *, native: bool = True) -> int:
         return rows
     sizes = (r * c for kind, r, c, _ in matrices(config) if kind not in ("embedding", "head"))
     return rows + 4 * max(sizes)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSize:
+    """Bytes of one layer besides its experts, keys and values."""
+
+    attention: int = 0
+    dense: int = 0
+    exact: int = 0
+    """Router, norms, sinks; float32 everywhere."""
+    vram_attention: int = 0
+    """On an accelerator."""
+    vram_dense: int = 0
+
+    @property
+    def vram(self) -> int:
+        """All of it on an accelerator."""
+        return self.vram_attention + self.vram_dense + self.exact
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,61 +201,67 @@ class PackSizes:
     slot: int = 0
     draft_head: int = 0
     """Bytes in memory of the 4-bit copy of the head that drafts are made with."""
+    layers: tuple[LayerSize, ...] = ()
+    """Attention, dense and exact parts layer by layer."""
+    vram_head: int = 0
+    """Head and final norm on an accelerator."""
+    vram_drafter: int = 0
+    """MTP layers with their norms and their head there; 0 without any."""
 
     @classmethod
     def estimate(cls, config: ModelConfig, recipe: Recipe | None = None) -> PackSizes:
         """What converting `config` by `recipe` will write, headers aside."""
-        recipe = recipe or Recipe()
-        size = dict.fromkeys((*KINDS, "experts"), 0)
-        n_layers = sum(layer.mlp == "moe" for layer in config.layers)
+        recipe, hidden = recipe or Recipe(), config.hidden_size
+        tally = _Tally(hidden)
+        for layer in config.layers:
+            tally.exact(_exact(config, layer), layer.index)
+            for kind, rows, cols, count in _resident(layer, hidden):
+                tally.matrix(kind, getattr(recipe, kind), (rows, cols), count, layer.index)
+        tally.exact(hidden + _exact_mtp(config))
+        experts = 0
         for kind, rows, cols, count in matrices(config):
-            size[kind] += matrix_bytes(getattr(recipe, kind), rows, cols) * count
-        count = n_layers * config.n_experts
-        one = size["experts"] // count if count else 0
-        return cls(
-            expert=-(-one // ALIGN) * ALIGN,
-            experts=count,
-            exact=4 * exact_weights(config),
-            slot=_slot(one, recipe.experts),
-            draft_head=_draft_head(size["mtp"], (config.vocab_size, config.hidden_size)),
-            **{kind: size[kind] for kind in KINDS},
+            if kind == "experts":
+                experts += matrix_bytes(recipe.experts, rows, cols) * count
+            elif kind not in ("attention", "dense"):
+                tally.matrix(kind, getattr(recipe, kind), (rows, cols), count)
+        count = sum(layer.mlp == "moe" for layer in config.layers) * config.n_experts
+        one = experts // count if count else 0
+        return tally.sizes(
+            -(-one // ALIGN) * ALIGN, count, [(one, recipe.experts)] if count else []
         )
 
     @classmethod
     def of_pack(cls, manifest: Mapping[str, Any]) -> PackSizes:
         """What a finished pack holds, from its parsed pack.json; PackError if that is damaged."""
-        size = dict.fromkeys((*KINDS, "experts", "exact"), 0)
         try:
-            for name, entry in manifest["tensors"].items():
-                shape = tuple(entry["shape"])
+            tensors, found = manifest["tensors"], list(manifest["experts"].values())
+            tally = _Tally(int(tensors["model.norm.weight"]["shape"][0]))
+            for name, entry in tensors.items():
+                shape, layer = tuple(entry["shape"]), layer_of(name)
                 kind = role_of(name, shape)
-                exact = len(shape) != 2
-                size[kind] += (
-                    4 * math.prod(shape) if exact else matrix_bytes(entry["format"], *shape)
-                )
-            found = manifest["experts"].values()
-            layers = [(int(e["count"]), int(e["stride"])) for e in found]
-            slots = [_slot(int(e["nbytes"]), str(e["format"])) for e in found]
-            embedding = tuple(manifest["tensors"]["model.embed_tokens.weight"]["shape"])
-            draft_head = _draft_head(size["mtp"], embedding)
+                if kind == "exact":
+                    tally.exact(math.prod(shape), layer)
+                else:
+                    tally.matrix(kind, entry["format"], shape, 1, layer)
+            strides = [int(e["stride"]) for e in found]
+            count = sum(int(e["count"]) for e in found)
+            kinds = [(int(e["nbytes"]), str(e["format"])) for e in found]
+            return tally.sizes(max(strides, default=0), count, kinds)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PackError(
                 f"pack.json is damaged: {type(error).__name__}: {error}",
                 hint="check the pack with `mimo verify`",
             ) from error
-        return cls(
-            expert=max((stride for _, stride in layers), default=0),
-            experts=sum(count for count, _ in layers),
-            exact=size["exact"],
-            slot=max(slots, default=0),
-            draft_head=draft_head,
-            **{kind: size[kind] for kind in KINDS},
-        )
 
     @property
     def vram_slot(self) -> int:
         """Bytes one expert takes in VRAM."""
         return self.slot or self.expert
+
+    @property
+    def staging_slot(self) -> int:
+        """Bytes of pinned RAM that one expert passes through on its way there."""
+        return -(-self.vram_slot // ALIGN) * ALIGN
 
     @property
     def ram_slot(self) -> int:
@@ -251,14 +286,64 @@ class PackSizes:
 
 def _slot(nbytes: int, fmt: str) -> int:
     """Bytes in VRAM of an expert that has `nbytes` in the pack, rounded up to 256."""
-    grown = math.ceil(nbytes * (SCALE_GROWTH if fmt == "nf4" else 1))
+    grown = math.ceil(nbytes * {"nf4": SCALE_GROWTH, "f32": 0.5}.get(fmt, 1))
     return -(-grown // 256) * 256
 
 
-def _draft_head(mtp: int, shape: tuple[int, ...]) -> int:
-    rows, cols = shape
-    small = rows * cols < SMALL_HEAD or cols % 64
-    return 0 if small or not mtp else matrix_bytes("nf4", rows, cols)
+class _Tally:
+    """Sums a pack's matrices by kind and by layer, as they are stored and as they lie in VRAM."""
+
+    def __init__(self, hidden: int) -> None:
+        self.size = dict.fromkeys((*KINDS, "exact"), 0)
+        self.layers: dict[int, dict[str, int]] = {}
+        self.head: tuple[str, int, int] | None = None
+        self.norm, self.mtp = 4 * hidden, 0
+
+    def matrix(
+        self, kind: str, fmt: str, shape: tuple[int, ...], count: int, layer: int | None = None
+    ) -> None:
+        """`count` matrices (rows, cols); ValueError for another shape."""
+        rows, cols = shape
+        here, there = (size(fmt, rows, cols) * count for size in (matrix_bytes, device_bytes))
+        self.size[kind] += here
+        if kind == "head" or (kind == "embedding" and self.head is None):
+            self.head = (fmt, rows, cols)
+        if kind == "mtp":
+            self.mtp += there
+        if layer is not None and kind in ("attention", "dense"):
+            mine = self._layer(layer)
+            mine[kind] += here
+            mine[f"vram_{kind}"] += there
+
+    def exact(self, weights: int, layer: int | None = None) -> None:
+        """Float32 numbers, of a layer or of none."""
+        self.size["exact"] += 4 * weights
+        if layer is not None:
+            self._layer(layer)["exact"] += 4 * weights
+
+    def _layer(self, index: int) -> dict[str, int]:
+        return self.layers.setdefault(index, {f.name: 0 for f in fields(LayerSize)})
+
+    def sizes(self, expert: int, experts: int, kinds: list[tuple[int, str]]) -> PackSizes:
+        """With `experts` of `expert` bytes; `kinds`: (bytes without padding, format) of layers."""
+        fmt, rows, cols = self.head or ("f32", 0, 0)
+        copied = self.size["mtp"] > 0 and rows * cols >= SMALL_HEAD and not cols % 64
+        copied = copied and fmt not in ("nf4", "mxfp4")
+        copy, there = (
+            size("nf4", rows, cols) if copied else 0 for size in (matrix_bytes, device_bytes)
+        )
+        layers = tuple(LayerSize(**self.layers[i]) for i in sorted(self.layers))
+        norms = self.size["exact"] - self.norm - sum(layer.exact for layer in layers)
+        return PackSizes(
+            expert=expert,
+            experts=experts,
+            slot=max((_slot(*kind) for kind in kinds), default=0),
+            draft_head=copy,
+            layers=layers,
+            vram_head=device_bytes(fmt, rows, cols) + self.norm,
+            vram_drafter=self.mtp + there + norms if self.mtp else 0,
+            **self.size,
+        )
 
 
 def gb(nbytes: float) -> str:
@@ -275,3 +360,24 @@ def _attention(layer: LayerSpec, hidden: int) -> tuple[tuple[int, int], ...]:
         (layer.kv_heads * layer.v_head_dim, hidden),
         (hidden, layer.heads * layer.v_head_dim),
     )
+
+
+def _resident(layer: LayerSpec, hidden: int) -> Iterator[tuple[str, int, int, int]]:
+    """(kind, rows, cols, how many) of one layer's matrices besides experts."""
+    yield from (("attention", *shape, 1) for shape in _attention(layer, hidden))
+    if layer.mlp == "dense":
+        yield "dense", layer.intermediate, hidden, 2
+        yield "dense", hidden, layer.intermediate, 1
+
+
+def _exact(config: ModelConfig, layer: LayerSpec) -> int:
+    """Weights of one layer that are kept in float32."""
+    router = config.n_experts * (config.hidden_size + 1) if layer.mlp == "moe" else 0
+    return 2 * config.hidden_size + (layer.heads if layer.has_sink else 0) + router
+
+
+def _exact_mtp(config: ModelConfig) -> int:
+    if config.mtp_layer is None:
+        return 0
+    sink = config.mtp_layer.heads if config.mtp_layer.has_sink else 0
+    return config.n_mtp_layers * (5 * config.hidden_size + sink)

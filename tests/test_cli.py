@@ -35,7 +35,7 @@ from mimo_local.errors import (
     UsageError,
 )
 from mimo_local.events import Prefill, Progress
-from mimo_local.plan import Budget, plan
+from mimo_local.plan import Budget, here, plan
 from mimo_local.plan.rates import CORE_FLOPS
 from mimo_local.settings import Paths, Settings
 from mimo_local.sizes import GB
@@ -701,6 +701,8 @@ MACHINES = {
     "laptop-16gb": Budget(ram=16 * GB, disk=500 * GB, cores=8, ram_rate=50e9, disk_rate=3.5e9),
     "laptop-8gb": Budget(ram=8 * GB, disk=150 * GB, cores=4, ram_rate=50e9, disk_rate=3.5e9),
     **{f"rtx4090-{ram}gb": replace(GPU_24, ram=ram * GB) for ram in (32, 64, 96, 128, 192)},
+    "rtx4060-32gb": here.with_gpu(replace(GPU_24, ram=32 * GB, cores=8), 8 * GB),
+    "rtx3060-64gb": here.with_gpu(replace(GPU_24, ram=64 * GB, cores=8), 12 * GB),
     "cpu-256gb": Budget(
         ram=256 * GB, disk=2000 * GB, cores=32, ram_rate=200e9, core_flops=CORE_FLOPS["avx512"]
     ),
@@ -710,9 +712,8 @@ MACHINES = {
 @pytest.mark.parametrize("name", MACHINES)
 def test_the_plan_of_a_machine(name: str, golden: Golden) -> None:
     config, pack, title = plan_command.subject(None, "nf4")
-    found = plan(config, pack, MACHINES[name], gpu_dense=True)
-    now = plan(config, pack, MACHINES[name]) if found.placement.vram else None
-    text = plan_text.plan(found, title, now) + "\n"
+    found = plan(config, pack, MACHINES[name])
+    text = plan_text.plan(found, title) + "\n"
     text += "".join(f"error: {p.message}\nhint: {p.hint}\n" for p in found.problems)
     golden(f"plan/{name}.txt", text)
 
@@ -749,11 +750,31 @@ def test_plan_takes_what_is_typed_and_the_machine_for_the_rest(
     budget = data["budget"]
     assert (budget["vram"], budget["ram"], budget["disk"]) == (24 * GB, 64 * GB, 1000 * GB)
     assert budget["cores"] == 16
-    assert data["fits"] is True and data["this_version"]["staging_slots"] == 16
+    assert data["fits"] is True and data["staging_slots"] == 16
     cli.main(["plan", "--disk", "1TB", "--json"])
     from mimo_local import hardware
 
     assert json.loads(capsys.readouterr().out)["budget"]["ram"] == hardware.detect().ram_total
+
+
+def test_less_vram_than_there_is_is_the_same_card_more_is_another(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mimo_local import hardware
+
+    found = (hardware.Gpu("NVIDIA GeForce RTX 3090", 24 * GB, 20 * GB),)
+    monkeypatch.setattr(hardware, "gpus", lambda: found)
+    lines = {}
+    for vram in ("0", "16GB", "24GB", "32GB"):
+        assert cli.main(["plan", "--vram", vram, "--ram", "64GB", "--disk", "1TB"]) == 0
+        lines[vram] = capsys.readouterr().out
+    assert "VRAM 936 GB/s (RTX 3090)" in lines["16GB"] and "16.0 GB VRAM" in lines["16GB"]
+    assert "VRAM 936 GB/s (RTX 3090)" in lines["24GB"]
+    assert "VRAM 1792 GB/s (like an RTX 5090)" in lines["32GB"]
+    assert "no GPU" in lines["0"] and "GB/s (RTX" not in lines["0"]
+    args = ["plan", "--vram", "24GB", "--ram", "64GB", "--disk", "1TB", "--vram-rate", "500GB/s"]
+    assert cli.main(args) == 0
+    assert "VRAM 500 GB/s (given)" in capsys.readouterr().out
 
 
 def test_a_plan_that_cannot_work_is_shown_and_fails(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ import typer
 from mimo_local.cli import models
 from mimo_local.cli.models import (
     ContextOption,
+    DeviceOption,
     DraftOption,
     JsonOption,
     MaxTokensOption,
@@ -85,6 +86,7 @@ def chat(
     context: ContextOption = None,
     threads: ThreadsOption = None,
     ram: RamOption = None,
+    device: DeviceOption = None,
     vram: VramOption = None,
     draft: DraftOption = None,
     json: JsonOption = False,

@@ -36,6 +36,7 @@ def option(name: str, *flags: str, metavar: str, **more: Any) -> Any:
 ModelOption = Annotated[str | None, option("model", "-m", "--model", metavar="PATH")]
 ContextOption = Annotated[int | None, option("context", metavar="N")]
 ThreadsOption = Annotated[int | None, option("threads", metavar="N")]
+DeviceOption = Annotated[str | None, option("device", metavar="WHERE")]
 VramOption = Annotated[str | None, option("vram", metavar="SIZE")]
 RamOption = Annotated[str | None, option("ram", metavar="SIZE")]
 DraftOption = Annotated[str | None, option("draft", metavar="HOW")]

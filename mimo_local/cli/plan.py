@@ -46,6 +46,13 @@ Vram = Annotated[str | None, _size_option("vram", "GPU memory, like 24GB; 0 for 
 Ram = Annotated[str | None, _size_option("ram", "memory, like 64GB")]
 Disk = Annotated[str | None, _size_option("disk", "free disk, like 1TB")]
 Cores = Annotated[int | None, typer.Option("--cores", help="CPU cores", min=1, metavar="N")]
+VramRate = Annotated[
+    str | None,
+    typer.Option(
+        "--vram-rate", help="GPU memory's rate a second, like 1008GB: its data sheet's",
+        metavar="SIZE",
+    ),
+]  # fmt: skip
 RamRate = Annotated[
     str | None, typer.Option("--ram-rate", help="memory's rate a second, like 80GB", metavar="SIZE")
 ]
@@ -100,6 +107,7 @@ def plan(
     ram: Ram = None,
     disk: Disk = None,
     cores: Cores = None,
+    vram_rate: VramRate = None,
     ram_rate: RamRate = None,
     disk_rate: DiskRate = None,
     model: Model = None,
@@ -131,18 +139,20 @@ def plan(
         model = calibrated(model, context, None if ram is None else size(ram))
     config, pack, name = remote(repo, revision, format) if repo else subject(model, format)
     budget = this_machine(model, measure=measure)
-    rates = {"ram_rate": ram_rate, "disk_rate": disk_rate}
+    rates = {"vram_rate": vram_rate, "ram_rate": ram_rate, "disk_rate": disk_rate}
     given = {key: _rate(text) for key, text in rates.items() if text is not None}
     if given or cores is not None:
         budget = replace(budget, calibration=None)  # of another machine than this one
+    if vram is not None:
+        budget = other_gpu(budget, size(vram))
     budget = replace(
         budget,
-        vram=budget.vram if vram is None else size(vram),
         ram=budget.ram if ram is None else size(ram),
         disk=budget.disk if disk is None else size(disk),
         cores=cores or budget.cores,
         pack_present=disk is None and model is not None and (model / PACK_MANIFEST).exists(),
         given=tuple(key.removesuffix("_rate") for key in given),
+        vram_rate=given.get("vram_rate", budget.vram_rate),
         ram_rate=given.get("ram_rate", budget.ram_rate),
         disk_rate=given.get("disk_rate", budget.disk_rate),
     )
@@ -165,20 +175,25 @@ def shown(
     from mimo_local.cli import plan_text
     from mimo_local.plan import plan as planned
 
-    found = planned(config, pack, budget, **kept, tokens=tokens, gpu_dense=True)
-    now = None
-    if found.placement.vram:  # this version keeps no more than experts there
-        now = planned(config, pack, budget, **kept, tokens=tokens)
+    found = planned(config, pack, budget, **kept, tokens=tokens)
     if json:
-        data = {"model": name, **found.to_dict()}
-        data["this_version"] = (now or found).to_dict()
-        print(jsonlib.dumps(data))
+        print(jsonlib.dumps({"model": name, **found.to_dict()}))
     else:
-        print(plan_text.plan(found, name, now))
+        print(plan_text.plan(found, name))
     if remote := Settings.resolve().remote:
         say(f"a plan for this machine: chat and summarize ask {remote} (setting `remote`)")
     found.check()
     return ExitCode.OK
+
+
+def other_gpu(budget: Budget, vram: int) -> Budget:
+    """`budget` with so much VRAM: of this machine's card as far as it has that, else of another."""
+    from mimo_local.plan import here
+
+    if vram <= budget.vram:
+        return replace(budget, vram=vram)
+    measured = tuple(name for name in budget.measured if name != "gpu")
+    return here.with_gpu(replace(budget, measured=measured), vram)
 
 
 def _rate(text: str) -> float:

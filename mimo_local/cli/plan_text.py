@@ -19,11 +19,8 @@ if TYPE_CHECKING:
     from mimo_local.verdicts import Finding
 
 
-def plan(found: Plan, name: str, now: Plan | None = None) -> str:
-    """The plan as people read it: bytes, places, speeds, and what they rest on.
-
-    `now`: how this version runs it, if `found` needs what is not built yet.
-    """
+def plan(found: Plan, name: str) -> str:
+    """The plan as people read it: bytes, places, speeds, and what they rest on."""
     budget = found.budget
     machine = f"{gb(budget.vram)} VRAM, " if budget.vram else "no GPU, "
     machine += f"{gb(budget.ram)} RAM, {gb(budget.disk)} free disk, {budget.cores} cores"
@@ -36,25 +33,15 @@ def plan(found: Plan, name: str, now: Plan | None = None) -> str:
             row.name,
             gb(row.nbytes),
             *(gb(part) if part else "" for part in (row.vram, row.ram, row.disk)),
-            "" if row.runs else "not yet",
         )
         for row in found.table
     ]
     sums = [sum(getattr(row, place) for row in found.table) for place in ("vram", "ram", "disk")]
-    rows.append(("total", "", *(gb(part) if part else "" for part in sums), ""))
-    lines += [table(("what", "bytes", "VRAM", "RAM", "disk only", "this version"), rows), ""]
+    rows.append(("total", "", *(gb(part) if part else "" for part in sums)))
+    lines += [table(("what", "bytes", "VRAM", "RAM", "disk only"), rows), ""]
     if found.prediction is not None:
-        how = "estimated" if now is None else "estimated once the GPU computes more than experts"
-        lines += [f"{how}:", *(f"  {line}" for line in speeds(found.prediction))]
-    if now is not None and now.prediction is not None:
-        lines += ["estimated for this version, which keeps only experts in VRAM:"]
-        lines += [f"  {line}" for line in speeds(now.prediction)]
-    elif now is not None:
-        lines += [f"this version cannot run it: {now.problems[0].message}"]
+        lines += ["estimated:", *(f"  {line}" for line in speeds(found.prediction))]
     lines += ["assumed:", *(f"  {text}" for text in found.assumptions)]
-    if now is not None:
-        own = [text for text in now.assumptions if text not in found.assumptions]
-        lines += [f"  this version: {text}" for text in own]
     lines += [f"note: {note}" for note in found.notes]
     return "\n".join(lines)
 

@@ -196,7 +196,7 @@ def _fit(found: Pull) -> Plan:
 
     budget = replace(this_machine(measure=False), pack_present=True)  # its room: `check_space`
     config = ModelConfig.from_dict(found.remote.checkpoint.config)
-    return plan(config, exact_sizes(found.remote, found.options.recipe), budget, gpu_dense=True)
+    return plan(config, exact_sizes(found.remote, found.options.recipe), budget)
 
 
 def _text(found: Pull, figures: dict[str, Any], fit: Plan) -> str:

@@ -21,6 +21,7 @@ from mimo_local.cli import models
 from mimo_local.cli.chat import Preset, Stats, Temperature, Think
 from mimo_local.cli.models import (
     ContextOption,
+    DeviceOption,
     DraftOption,
     JsonOption,
     MaxTokensOption,
@@ -85,6 +86,7 @@ def run(
     seed: SeedOption = None,
     context: ContextOption = None,
     ram: RamOption = None,
+    device: DeviceOption = None,
     vram: VramOption = None,
     draft: DraftOption = None,
     remote: RemoteOption = None,

@@ -17,6 +17,7 @@ import typer
 from mimo_local.cli import models
 from mimo_local.cli.models import (
     ContextOption,
+    DeviceOption,
     DraftOption,
     ModelOption,
     RamOption,
@@ -112,6 +113,7 @@ def serve(
     context: ContextOption = None,
     threads: ThreadsOption = None,
     ram: RamOption = None,
+    device: DeviceOption = None,
     vram: VramOption = None,
     draft: DraftOption = None,
 ) -> int:

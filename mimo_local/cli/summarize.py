@@ -18,6 +18,7 @@ import typer
 from mimo_local.cli import models
 from mimo_local.cli.models import (
     ContextOption,
+    DeviceOption,
     DraftOption,
     JsonOption,
     MaxTokensOption,
@@ -60,6 +61,7 @@ def summarize(
     model: ModelOption = None,
     context: ContextOption = None,
     ram: RamOption = None,
+    device: DeviceOption = None,
     vram: VramOption = None,
     draft: DraftOption = None,
     max_tokens: MaxTokensOption = None,
@@ -78,6 +80,7 @@ def summarize(
         model=model,
         context=context,
         ram=ram,
+        device=device,
         vram=vram,
         draft=draft,
         max_tokens=max_tokens,

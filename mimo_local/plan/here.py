@@ -11,12 +11,13 @@ import hashlib
 import json
 import os
 import tempfile
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, Final
 
-from mimo_local.hardware import Hardware
+from mimo_local.hardware import Gpu, Hardware
 from mimo_local.kernels import REFERENCE
+from mimo_local.plan import cards
 from mimo_local.plan.placement import RAM_RESERVE, RAM_SHARE
 from mimo_local.plan.rates import CORE_FLOPS, SLOW_FLOPS, Calibration
 from mimo_local.plan.types import Budget
@@ -24,20 +25,38 @@ from mimo_local.settings import PACK_MANIFEST
 
 FILE: Final = "calibrations.json"
 VERSION: Final = 1
+FREE_VRAM_RESERVE: Final = 1_500_000_000
+"""Of VRAM that is free: the driver's context, its libraries' workspaces, gaps between buffers."""
 KEPT: Final = 50
 """Calibrations kept; the oldest go first."""
 
 
 def whole_machine(facts: Hardware, calibration: Calibration | None = None) -> Budget:
     """All memory of this machine, to plan for."""
-    return Budget(
+    budget = Budget(
         ram=facts.ram_total,
         disk=facts.disk.free,
-        vram=facts.vram,
         cores=min(facts.cores_physical, facts.cores_usable),
         core_flops=CORE_FLOPS.get(facts.kernels, SLOW_FLOPS),
         native=facts.kernels != REFERENCE,
         calibration=calibration,
+    )
+    gpu = max(facts.gpus, key=lambda gpu: gpu.vram_total, default=None)
+    return budget if gpu is None else with_gpu(budget, gpu.vram_total, gpu)
+
+
+def with_gpu(budget: Budget, vram: int, gpu: Gpu | None = None) -> Budget:
+    """`budget` with `vram` bytes of a card: of `gpu`, or of a usual one with so much memory."""
+    known = None if gpu is None else cards.named(gpu.name)
+    card = known or cards.like(vram if gpu is None else gpu.vram_total)
+    return replace(
+        budget,
+        vram=vram,
+        vram_rate=card.vram_rate * 1e9,
+        pcie_rate=card.pcie_rate * 1e9,
+        gpu_flops=card.tflops * 1e12,
+        gpu=card.name,
+        measured=(*budget.measured, "gpu") if known else budget.measured,
     )
 
 
@@ -53,22 +72,25 @@ def free_now(
     The pack is there already. `limit`: most bytes of RAM for the model; `vram`: of the GPU's
     memory, None: what is free of it.
     """
-    free = max((device.vram_free for device in facts.gpus), default=0)
+    gpu = max(facts.gpus, key=lambda gpu: gpu.vram_free, default=None)
     reserve = min(RAM_RESERVE, facts.ram_total // RAM_SHARE)  # as `experts.memory.reserve`
     ram = facts.ram_available
     if limit is not None:
         ram = min(ram, limit + reserve)
-    return Budget(
+    budget = Budget(
         ram=ram,
         disk=facts.disk.free,
-        vram=free if vram is None else min(vram, free),
         cores=min(facts.cores_physical, facts.cores_usable),
         core_flops=CORE_FLOPS.get(facts.kernels, SLOW_FLOPS),
         native=facts.kernels != REFERENCE,
         pack_present=True,
         reserve=reserve,
+        vram_reserve=FREE_VRAM_RESERVE,
         calibration=calibration,
     )
+    if gpu is None:
+        return budget
+    return with_gpu(budget, gpu.vram_free if vram is None else min(vram, gpu.vram_free), gpu)
 
 
 def machine_key(facts: Hardware) -> str:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from mimo_local.config import ModelConfig
+from mimo_local.plan import residents
+from mimo_local.plan.residents import STREAMS, VRAM_RESERVE, OnDevice
 from mimo_local.plan.types import DRAFTER, Budget, Placement, Problem, Row
 from mimo_local.settings import Draft
 from mimo_local.sizes import (
@@ -22,7 +24,6 @@ from mimo_local.sizes import (
 )
 from quant.recipe import Recipe
 
-VRAM_RESERVE = 2_500_000_000  # CUDA context, workspaces, the desktop's own use
 RAM_SHARE, RAM_RESERVE = 8, 8 * GB  # left to the system: an eighth, at most 8 GB
 PROGRAM = 500_000_000  # the interpreter with torch, before the model
 HIDDEN_SHARE = 8  # at most an eighth of the RAM left goes to hidden states
@@ -39,14 +40,30 @@ def reserve_of(budget: Budget) -> int:
     return min(RAM_RESERVE, budget.ram // RAM_SHARE) + PROGRAM
 
 
-def fitting_context(config: ModelConfig, sizes: PackSizes, budget: Budget, itemsize: int) -> int:
+def fitting_context(
+    config: ModelConfig,
+    sizes: PackSizes,
+    budget: Budget,
+    itemsize: int,
+) -> int:
     """Tokens of context when nobody asked for a number: 32k, halved until it fits easily."""
     limit = min(config.max_context, DEFAULT_CONTEXT)
     work = activation_bytes(config, native=budget.native) + restart_bytes(config, itemsize)
-    room = budget.ram - reserve_of(budget) - work - sizes.resident
+    room = (
+        budget.ram
+        - reserve_of(budget)
+        - work
+        - sizes.resident
+        + max(0, budget.vram - vram_reserve(budget))
+    )
     while limit > SMALLEST_CONTEXT and CONTEXT_SHARE * kv_bytes(config, limit, itemsize) > room:
         limit = max(SMALLEST_CONTEXT, limit // 2)
     return limit
+
+
+def vram_reserve(budget: Budget) -> int:
+    """Bytes of VRAM the plan leaves alone."""
+    return VRAM_RESERVE if budget.vram_reserve is None else budget.vram_reserve
 
 
 def place(
@@ -56,57 +73,86 @@ def place(
     *,
     context: int,
     kv_itemsize: int,
-    gpu_dense: bool,
     drafting: Draft = "auto",
 ) -> Placement:
-    """Every part and expert in a tier; `gpu_dense`: parts besides experts may lie in VRAM.
+    """Every part and expert in a tier.
 
-    `drafting`: "on" puts the drafter before experts, "auto" after all of them.
+    `drafting`: "on" puts the drafter before experts, "auto" after all of them, but for a GPU that
+    has room for it.
     """
-    # Most bytes read per token and byte of room first; the embedding is one row per token.
-    kv = kv_bytes(config, context, kv_itemsize)
-    parts = {"routers, norms": sizes.exact, KV: kv, "attention": sizes.attention}
-    parts |= {"dense layers": sizes.dense, "output head": sizes.head, EMBEDDING: sizes.embedding}
-    parts = {name: nbytes for name, nbytes in parts.items() if nbytes}
+    there = residents.on_device(
+        config, sizes, budget.vram, vram_reserve(budget),
+        context=context, kv_itemsize=kv_itemsize, drafting=drafting,
+    )  # fmt: skip
     work, reserve = activation_bytes(config, native=budget.native), reserve_of(budget)
-    restarts = restart_bytes(config, kv_itemsize)
-    vram, ram = max(0, budget.vram - VRAM_RESERVE), budget.ram - reserve - work - restarts
-    in_vram, in_ram, on_disk = dict[str, int](), dict[str, int](), dict[str, int]()
-    for name, nbytes in parts.items():
-        if gpu_dense and nbytes <= vram and name != EMBEDDING:
-            in_vram[name], vram = nbytes, vram - nbytes
-        else:
-            in_ram[name], ram = nbytes, ram - nbytes
+    restarts = restart_bytes(config, kv_itemsize) - there.restarts
+    in_vram, in_ram = _parts(config, sizes, kv_bytes(config, context, kv_itemsize), there)
+    ram = budget.ram - reserve - work - restarts - there.pinned - sum(in_ram.values())
+    on_disk = dict[str, int]()
     drafter = {MTP: sizes.mtp, DRAFT_HEAD: sizes.draft_head}
-    if gpu_dense and 0 < sizes.drafter <= vram and drafting != "off":
-        in_vram, vram = in_vram | drafter, vram - sizes.drafter
-    elif sizes.mtp and drafting == "on":
+    drafter = {name: nbytes for name, nbytes in drafter.items() if nbytes}
+    undecided = bool(sizes.mtp) and not there.drafter
+    if undecided and drafting == "on":
         in_ram, ram = in_ram | drafter, ram - sizes.drafter
     # A byte spilled goes to disk and back in every layer; an expert that gives way to it is read
     # once per document. So what a prompt as long as the context needs, if the RAM is not tiny.
     slots = 2 * config.experts_per_token * sizes.ram_slot if sizes.experts else 0
     room, need = max(0, (ram - slots) // HIDDEN_SHARE), hidden_bytes(config, context)
+    if there.layers == config.n_layers:
+        need = 0  # they are in VRAM
     hidden, most = (need, need) if need <= room else (room, room // 2)
     ram -= hidden
-    found = _experts(config, sizes, vram, ram)
+    found = _experts(config, sizes, there.left, ram)
     ram -= (found.ram_experts + found.copies + found.staging_slots) * found.ram_slot
-    if sizes.mtp and drafting == "auto" and MTP not in in_vram:
+    if undecided and drafting == "auto":
         # Drafting pays when experts are at hand; while they come from disk it only takes room.
         if not found.disk_experts and sizes.drafter <= ram:
             in_ram, ram = in_ram | drafter, ram - sizes.drafter
         else:
             on_disk[MTP] = sizes.mtp
+    tokens = there.rows if not need else most // max(1, hidden_bytes(config, 1))
     return replace(
         found,
         context=context, kv_itemsize=kv_itemsize,
         vram=in_vram, ram=in_ram, disk=on_disk, work=work, restarts=restarts,
-        reserve=reserve,
+        reserve=reserve, device=there,
         hidden_bytes=hidden,
         hidden_budget=most,
-        hidden_tokens=most // max(1, hidden_bytes(config, 1)),
+        hidden_tokens=tokens,
         short=max(0, -ram),
-        notes=_notes(budget, on_disk),
+        notes=_notes(config, budget, there, on_disk),
     )  # fmt: skip
+
+
+def _parts(
+    config: ModelConfig, sizes: PackSizes, kv: int, there: OnDevice
+) -> tuple[dict[str, int], dict[str, int]]:
+    """(VRAM, RAM): bytes of the parts every token needs; the embedding is one row per token."""
+    moved = sizes.layers[: there.layers]
+    exact = sizes.exact - there.exact
+    head, norm = (0, 4 * config.hidden_size) if there.head else (sizes.head, 0)
+    # What is of no layer: the norm before the head, those of the MTP layers.
+    others = exact - norm if there.drafter else 0
+    ram = {
+        "routers, norms": exact - norm - others,
+        KV: kv - there.kv,
+        "attention": sizes.attention - sum(layer.attention for layer in moved),
+        "dense layers": sizes.dense - sum(layer.dense for layer in moved),
+        "output head": head,
+        EMBEDDING: sizes.embedding,
+    }
+    mtp = max(0, there.drafter_bytes - others)
+    copy = sizes.draft_head * 18 // 17 if mtp and sizes.draft_head else 0
+    vram = {
+        "routers, norms": there.exact + norm + others,
+        KV: there.kv,
+        "attention": there.attention,
+        "dense layers": there.dense,
+        "output head": there.head_bytes - norm,
+        MTP: mtp - copy,
+        DRAFT_HEAD: copy,
+    }
+    return tuple({n: b for n, b in tier.items() if b} for tier in (vram, ram))  # type: ignore[return-value]
 
 
 def _experts(config: ModelConfig, sizes: PackSizes, vram: int, ram: int) -> Placement:
@@ -131,13 +177,16 @@ def _experts(config: ModelConfig, sizes: PackSizes, vram: int, ram: int) -> Plac
     )  # fmt: skip
 
 
-def _notes(budget: Budget, on_disk: dict[str, int]) -> tuple[str, ...]:
-    notes = []
-    if 0 < budget.vram <= VRAM_RESERVE:
-        notes.append(
-            f"{gb(budget.vram)} of VRAM are no more than the {gb(VRAM_RESERVE)} a GPU's own "
-            "needs take: it is not used"
-        )
+def _notes(
+    config: ModelConfig, budget: Budget, there: OnDevice, on_disk: dict[str, int]
+) -> tuple[str, ...]:
+    notes = [*residents.notes(config, budget.vram, there)]
+    own = vram_reserve(budget)
+    if 0 < budget.vram <= own:
+        notes = [
+            f"{gb(budget.vram)} of VRAM are no more than the {gb(own)} a GPU's own needs take: "
+            "it is not used"
+        ]
     if MTP in on_disk:
         notes.append("the MTP drafter stays on disk: drafting hardly pays while experts do too")
     return tuple(notes)
@@ -205,33 +254,32 @@ def _ram_for(budget: Budget, found: Placement) -> int:
 
 def rows(sizes: PackSizes, found: Placement) -> tuple[Row, ...]:
     """The lines of the plan: parts, buffers, what is left alone, experts by tier."""
-    lines = []
+    lines, there = [], found.device
     for name in dict.fromkeys((*found.vram, *found.ram, *found.disk)):
-        vram, ram, disk = (tier.get(name, 0) for tier in (found.vram, found.ram, found.disk))
-        runs = not vram and name not in (MTP, DRAFT_HEAD)
-        lines.append(Row(name, vram + ram + disk, vram, ram, disk, runs))
-    if found.restarts:
-        lines.append(Row("restart points", found.restarts, ram=found.restarts))
-    lines.append(Row("activations", found.work, ram=found.work))
-    if found.hidden_bytes:
-        lines.append(Row("hidden states", found.hidden_bytes, ram=found.hidden_bytes))
-    if found.staging_slots:
-        size = found.staging_slots * found.ram_slot
-        lines.append(Row(f"read slots, {found.staging_slots}", size, ram=size))
-    lines.append(Row("left alone", found.reserve, ram=found.reserve))
-    one = sizes.expert
-    if growth := found.vram_experts * (sizes.vram_slot - one):
-        lines.append(Row("wider scales in VRAM", growth, vram=growth))
-    if ends := found.ram_experts * (found.ram_slot - one):
-        lines.append(Row("ends of RAM slots", ends, ram=ends))
-    if found.copies:
-        size = found.copies * one
-        lines.append(Row(f"copies of VRAM's experts, {found.copies}", size, ram=size))
+        lines.append(_row(name, *(t.get(name, 0) for t in (found.vram, found.ram, found.disk))))
+    lines += [
+        _row("restart points", there.restarts, found.restarts),
+        _row("activations", there.work, found.work),
+        _row("hidden states", there.hidden if there.layers else 0, found.hidden_bytes),
+        _row(f"experts passing through, {STREAMS}", there.streams),
+        _row("pinned buffers", 0, there.pinned),
+        _row(f"read slots, {found.staging_slots}", 0, found.staging_slots * found.ram_slot),
+        _row("left alone", there.reserve, found.reserve),
+    ]
+    one, copies = sizes.expert, found.copies
+    lines += [
+        _row("wider scales in VRAM", found.vram_experts * (sizes.vram_slot - one)),
+        _row("ends of RAM slots", 0, found.ram_experts * (found.ram_slot - one)),
+        _row(f"copies of VRAM's experts, {copies}", 0, copies * one),
+    ]
     counts = (found.vram_experts, found.ram_experts, found.disk_experts)
     for tier, count in enumerate(counts):
         if count:
             share = round(100 * count / sizes.experts)
             name = f"experts, {count} of {sizes.experts} ({share} %)"
-            vram, ram, disk = (count * one if i == tier else 0 for i in range(3))
-            lines.append(Row(name, count * one, vram, ram, disk))
-    return tuple(lines)
+            lines.append(_row(name, *(count * one if i == tier else 0 for i in range(3))))
+    return tuple(line for line in lines if line.nbytes)
+
+
+def _row(name: str, vram: int = 0, ram: int = 0, disk: int = 0) -> Row:
+    return Row(name, vram + ram + disk, vram, ram, disk)

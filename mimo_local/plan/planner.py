@@ -5,6 +5,7 @@ The same function answers `mimo plan` and sets the tiers' budgets when a model i
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -19,6 +20,7 @@ from mimo_local.settings import Draft
 from mimo_local.sizes import PackSizes, gb, kv_bytes
 
 PAGES, PAGE_TOKENS = 100, 550  # a page of a printed document has 500 to 600 tokens
+ASKED, ANSWERED = 1024, 256  # tokens of a request that stands for others
 
 
 def plan(
@@ -29,15 +31,14 @@ def plan(
     context: int | None = None,
     tokens: int = PAGES * PAGE_TOKENS,
     kv_itemsize: int = 2,
-    gpu_dense: bool = False,
     drafting: Draft = "auto",
     curves: Sequence[HitCurve] = BOUNDS,
 ) -> Plan:
     """Place `pack` (estimated if None) on `budget` for one sequence of `context` tokens.
 
     `context` None: 32k, less if the RAM is small. `tokens`: the document whose reading is
-    predicted. `gpu_dense` (not built yet) and `drafting`: see `place`. `curves`: hit rates to
-    predict with, worst first. UsageError for an impossible context.
+    predicted. `drafting`: see `place`. `curves`: hit rates to predict with, worst first. UsageError
+    for an impossible context.
     """
     if context is not None and not 0 < context <= config.max_context:
         raise UsageError(
@@ -52,7 +53,7 @@ def plan(
     def solve(length: int) -> tuple[Placement, bool]:
         found = place(
             config, sizes, budget,
-            context=length, kv_itemsize=kv_itemsize, gpu_dense=gpu_dense, drafting=drafting,
+            context=length, kv_itemsize=kv_itemsize, drafting=drafting,
         )  # fmt: skip
         return found, not problems(config, sizes, budget, found)
 
@@ -97,15 +98,33 @@ def forecast(
     )  # fmt: skip
 
 
+def gains(config: ModelConfig, there: Plan, here: Plan) -> bool:
+    """Whether a prompt of a page or two and its answer take less time by `there` than by `here`."""
+    if not (there.fits and here.fits):
+        return there.fits
+
+    def seconds(made: Plan) -> float:
+        found = forecast(config, made, tokens=ASKED)
+        return found.prefill.seconds + ANSWERED / statistics.fmean(found.tokens_per_s)
+
+    return seconds(there) < seconds(here)
+
+
 def rates_of(budget: Budget, found: Placement) -> Rates:
     """The rates that matter to a placement."""
-    gpu = bool(found.vram) or found.vram_experts > 0
-    return Rates.of(budget, gpu_dense=bool(found.vram), gpu=gpu)
+    layers = found.device.layers
+    return Rates.of(budget, gpu=layers > 0, cpu=not found.device.streams or not found.device.head)
 
 
 def _hints(found: Placement, predicted: Prediction) -> list[str]:
     notes, document = [], predicted.prefill
-    if found.context > found.hidden_tokens:
+    rows = found.device.rows
+    if found.device.streams and found.context > rows:
+        notes.append(
+            f"prompts of more than {rows} tokens are read in parts by the GPU, and the experts "
+            "come over PCIe for each"
+        )
+    elif found.context > found.hidden_tokens:
         notes.append(f"hidden states spill to disk from {found.hidden_tokens + 1} tokens on")
     if document.parts > 1:
         notes.append(

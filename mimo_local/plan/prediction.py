@@ -11,10 +11,17 @@ from collections.abc import Sequence
 
 from mimo_local.config import ModelConfig
 from mimo_local.plan.placement import DRAFT_HEAD, EMBEDDING, KV, MTP
-from mimo_local.plan.rates import GPU_FLOPS, Rates
+from mimo_local.plan.rates import Rates
 from mimo_local.plan.routing import HitCurve
 from mimo_local.plan.types import Decode, Placement, Prediction, Prefill
-from mimo_local.sizes import CHUNK, PackSizes, active_weights, hidden_bytes, kv_bytes
+from mimo_local.sizes import (
+    CHUNK,
+    PackSizes,
+    active_weights,
+    hidden_bytes,
+    kv_bytes,
+    layer_kv_bytes,
+)
 
 LEAST_ROWS = 256  # rows of a pass, however little memory there is
 REST = "the rest"  # attention and dense layers
@@ -56,13 +63,15 @@ def moe_layers(config: ModelConfig) -> int:
 
 def resident_bytes(config: ModelConfig, found: Placement, depth: int) -> tuple[int, int]:
     """(VRAM, RAM): bytes besides experts that a token reads with `depth` tokens in the context."""
-    skip = {MTP, DRAFT_HEAD} if config.tie_embeddings else {MTP, DRAFT_HEAD, EMBEDDING}
-    kv = kv_bytes(config, depth, found.kv_itemsize)
-
-    def total(tier: dict[str, int]) -> int:
-        return sum(kv if name == KV else n for name, n in tier.items() if name not in skip)
-
-    return total(dict(found.vram)), total(dict(found.ram))
+    skip = {MTP, DRAFT_HEAD, KV}
+    if not config.tie_embeddings or found.device.head:
+        skip.add(EMBEDDING)
+    there = config.layers[: found.device.layers]
+    kv = sum(layer_kv_bytes(layer, depth, found.kv_itemsize) for layer in there)
+    vram, ram = (
+        sum(n for name, n in t.items() if name not in skip) for t in (found.vram, found.ram)
+    )
+    return vram + kv, ram + kv_bytes(config, depth, found.kv_itemsize) - kv
 
 
 def decode(
@@ -75,7 +84,7 @@ def decode(
 ) -> Decode:
     """One token with `depth` tokens in the context."""
     vram, ram = resident_bytes(config, found, depth)
-    resident = rates.step_s + rates.layer_s * config.n_layers + vram / rates.vram + ram / rates.rest
+    resident = rates.step_s + layers_s(config, found, rates) + vram / rates.vram + ram / rates.rest
     if not sizes.experts:
         return Decode(curve.name, 1 / resident, 0.0, 1.0, resident, 0.0, 0.0)
     in_vram = curve(found.vram_experts / sizes.experts)
@@ -91,6 +100,12 @@ def decode(
         expert_s=at_hand,
         wait_s=total - at_hand,
     )
+
+
+def layers_s(config: ModelConfig, found: Placement, rates: Rates) -> float:
+    """Seconds of waking threads and launching kernels for a step of all layers."""
+    there = found.device.layers
+    return rates.device_layer_s * there + rates.layer_s * (config.n_layers - there)
 
 
 def expert_seconds(
@@ -133,40 +148,68 @@ def prefill(
     """A document of `tokens`, in as few equal parts as the context allows."""
     parts = max(1, math.ceil(tokens / found.context))
     each = math.ceil(tokens / parts)
-    limits = pass_limits(config, sizes, found, rates, each)
-    bound = max(limits.keys() - {REST}, key=lambda name: limits[name])
-    total = {name: parts * seconds for name, seconds in limits.items()}
-    fixed = rates.step_s + rates.layer_s * config.n_layers * math.ceil(each / CHUNK)
-    seconds = total[bound] + total.get(REST, 0.0) + parts * fixed
-    return Prefill(tokens, parts, seconds, bound, total)
+    there, here = pass_limits(config, sizes, found, rates, each)
+    rest = here.pop(REST, 0.0)
+    limits: dict[str, float] = {
+        name: parts * (there.get(name, 0.0) + here.get(name, 0.0))
+        for name in ("disk", "PCIe", "GPU", "arithmetic")
+        if name in there or name in here
+    }
+    bound = max(limits, key=lambda name: limits[name])
+    limits |= {REST: parts * rest} if rest else {}
+    fixed = rates.step_s + layers_s(config, found, rates) * math.ceil(each / CHUNK)
+    once = max(there.values(), default=0.0) + max(here.values(), default=0.0) + rest + fixed
+    return Prefill(tokens, parts, parts * once, bound, limits)
 
 
 def pass_limits(
     config: ModelConfig, sizes: PackSizes, found: Placement, rates: Rates, tokens: int
-) -> dict[str, float]:
-    """Seconds that disk, PCIe, and arithmetic need for one pass of `tokens` tokens.
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Seconds that disk, PCIe and arithmetic need for `tokens` tokens: a GPU's layers, the others.
 
     Layer by layer, so that an expert is read once however long the prompt is; the rest of a layer
-    once per chunk of rows. They overlap: the largest is the time of the pass. Without a GPU the
-    processor reads from RAM what it multiplies, and while it is at attention and dense layers the
-    disk has nothing to do: REST comes on top.
+    once per chunk of rows. Within a layer they overlap, and the largest is its time. A GPU's
+    experts come over PCIe, unless so few rows are faster where they lie. The processor reads from
+    RAM what it multiplies, and while it is at attention and dense layers the disk has nothing to
+    do: REST comes on top.
     """
-    gpu = any(found.vram.values())
     times, spilled = spilling(config, found, tokens)
-    on_disk = times * touched(config, sizes, tokens) * found.disk_experts * sizes.expert
-    # What has spilled is read and written again in every layer.
-    limits = {"disk": (on_disk + 2 * config.n_layers * spilled) / rates.disk}
-    flops = prompt_flops(config, tokens)
+    share = touched(config, sizes, tokens)
+    on_disk = times * share * found.disk_experts * sizes.expert / rates.disk
     experts, rest = memory_s(config, sizes, found, rates, tokens)
-    if gpu:
-        limits["PCIe"] = times * experts * rates.ram / rates.pcie
-        limits["arithmetic"] = flops / GPU_FLOPS
-    else:
-        theirs = 6.0 * config.hidden_size * config.moe_intermediate_size * tokens
-        theirs *= config.experts_per_token * moe_layers(config)
-        limits["arithmetic"] = times * experts + theirs / rates.cpu_flops
-        limits[REST] = rest + (flops - theirs) / rates.cpu_flops
-    return limits
+    theirs = 6.0 * config.hidden_size * config.moe_intermediate_size * tokens
+    theirs *= config.experts_per_token * moe_layers(config)
+    dense = prompt_flops(config, tokens) - theirs
+    computed = times * experts + theirs / rates.cpu_flops
+    n = found.device.layers
+    part, mixing = n / config.n_layers, _share_there(config, n)
+    there: dict[str, float] = {}
+    here: dict[str, float] = {}
+    if n:
+        weights = 3 * config.hidden_size * config.moe_intermediate_size
+        passing = times * share * sizes.experts * mixing
+        # A matrix of many rows is widened to bfloat16, which is written and read again.
+        widened = passing * (sizes.vram_slot + 4 * weights) / rates.vram
+        moved = passing * (1 - found.vram_experts / max(1, sizes.experts)) * sizes.vram_slot
+        streamed = {"disk": on_disk * mixing, "PCIe": moved / rates.pcie}
+        streamed["GPU"] = (dense * part + theirs * mixing) / rates.gpu_flops + widened
+        stay = {"disk": on_disk * mixing, "arithmetic": computed * mixing}
+        stay["GPU"] = dense * part / rates.gpu_flops
+        faster = max(streamed.values()) <= max(stay.values())
+        there = streamed if found.device.streams and faster else stay
+    if n < config.n_layers:
+        # What has spilled is read and written again in every layer.
+        here["disk"] = on_disk * (1 - mixing)
+        here["disk"] += 2 * (config.n_layers - n) * spilled / rates.disk
+        here["arithmetic"] = computed * (1 - mixing)
+        here[REST] = rest + dense * (1 - part) / rates.cpu_flops
+    return there, here
+
+
+def _share_there(config: ModelConfig, layers: int) -> float:
+    """Share of the layers that choose among experts that lies within the first `layers`."""
+    there = sum(layer.mlp == "moe" for layer in config.layers[:layers])
+    return there / max(1, moe_layers(config))
 
 
 def touched(config: ModelConfig, sizes: PackSizes, tokens: int) -> float:
@@ -191,12 +234,15 @@ def memory_s(
 
 def spilling(config: ModelConfig, found: Placement, tokens: int) -> tuple[int, int]:
     """(how often a prompt reads the experts, bytes of hidden states that lie in a file)."""
-    if tokens <= found.hidden_tokens or not config.is_moe:
-        return 1, 0
+    times, all_there = 1, found.device.layers == config.n_layers
+    if found.device.layers and config.is_moe:
+        times = math.ceil(tokens / found.device.rows)
+    if tokens <= found.hidden_tokens or not config.is_moe or all_there:
+        return times, 0
     one = 4 * config.hidden_size
     kept = hidden_bytes(config, 1) - one  # two of a row's three buffers stay in RAM
     most = max(LEAST_ROWS, 2 * found.hidden_budget // kept)
-    return math.ceil(tokens / most), one * tokens
+    return max(times, math.ceil(tokens / most)), one * tokens
 
 
 def prompt_flops(config: ModelConfig, tokens: int) -> float:

@@ -17,9 +17,11 @@ if TYPE_CHECKING:
 # Shares of the peak that good code reaches: RAM by 4-bit kernels (measured 0.75-0.95 here), a drive
 # by whole experts with several reads in flight, VRAM and PCIe by large copies.
 RAM_EFF, DISK_EFF, VRAM_EFF, PCIE_EFF = 0.75, 0.8, 0.75, 0.85
-GPU_FLOPS = 80e12
+GPU_FLOPS = 80e12  # of an RTX 4090's 165 in bfloat16
 # Waking threads and launches per layer; sampling and the loop per token.
 LAYER_S, STEP_S = 90e-6, 2e-3
+# A layer on a GPU: some thirty launches and one wait for the router's choice.
+DEVICE_LAYER_S = 200e-6
 # One core's 4-bit products in long prompts by instruction set, multiply-adds counted twice.
 CORE_FLOPS = {"avx512": 180e9, "avx_vnni": 90e9, "avx2": 60e9}
 SLOW_FLOPS = 5e9  # the scalar table and torch's reference
@@ -61,13 +63,15 @@ class Rates:
     vram: float
     pcie: float
     cpu_flops: float
+    gpu_flops: float
     layer_s: float
+    device_layer_s: float
     step_s: float
     lines: tuple[str, ...]
 
     @classmethod
-    def of(cls, budget: Budget, *, gpu_dense: bool, gpu: bool) -> Rates:
-        """The budget's rates; `gpu`: something lies in VRAM, `gpu_dense`: prompts run there."""
+    def of(cls, budget: Budget, *, gpu: bool, cpu: bool = True) -> Rates:
+        """The budget's rates; `gpu`: a GPU computes, `cpu`: prompts run on the processor, too."""
         found = budget.calibration
 
         def line(name: str, value: float, share: float, key: str = "") -> str:
@@ -96,10 +100,19 @@ class Rates:
         else:
             lines.append(line("disk", budget.disk_rate, DISK_EFF, "disk"))
         if gpu:
-            lines.append(line("VRAM", budget.vram_rate, VRAM_EFF))
-        if gpu_dense:
-            lines.append(line("PCIe", budget.pcie_rate, PCIE_EFF))
-            lines.append(f"GPU {GPU_FLOPS / 1e12:.0f} TFLOP/s in long prompts (assumed)")
+            how = budget.gpu if "gpu" in budget.measured else f"like an {budget.gpu}"
+            for name, rate, share in (
+                ("VRAM", budget.vram_rate, VRAM_EFF),
+                ("PCIe", budget.pcie_rate, PCIE_EFF),
+            ):
+                source = "given" if name.lower() in budget.given else how
+                lines.append(f"{name} {rate / GB:.4g} GB/s ({source}), {share:.0%} of it reached")
+            lines.append(
+                f"GPU {budget.gpu_flops / 1e12:.0f} TFLOP/s in long prompts ({how}), "
+                f"{1e6 * DEVICE_LAYER_S:.0f} us a layer besides (assumed)"
+            )
+        if not cpu:
+            pass
         elif found is not None:
             lines.append(f"{flops / 1e9:.0f} GFLOP/s in prompts (calibrated {found.when})")
         else:
@@ -107,5 +120,5 @@ class Rates:
             lines.append(f"{budget.cores} cores, {each:.0f} GFLOP/s each in prompts (assumed)")
         return cls(
             ram, rest, disk, budget.vram_rate * VRAM_EFF, budget.pcie_rate * PCIE_EFF,
-            flops, layer_s, step_s, tuple(lines),
+            flops, budget.gpu_flops, layer_s, DEVICE_LAYER_S, step_s, tuple(lines),
         )  # fmt: skip

@@ -6,11 +6,12 @@ Imported by every module of the package; knows no arithmetic.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Literal
 
 from mimo_local.errors import DiskSpaceError, MimoError, NotEnoughMemoryError
-from mimo_local.plan.rates import Calibration
+from mimo_local.plan.rates import GPU_FLOPS, Calibration
+from mimo_local.plan.residents import OnDevice
 from mimo_local.sizes import PackSizes
 
 DRAFTER: Final = ("MTP drafter", "4-bit head for drafts")
@@ -29,10 +30,14 @@ class Budget:
     disk_rate: float = 7e9
     vram_rate: float = 1008e9
     pcie_rate: float = 25e9
+    gpu_flops: float = GPU_FLOPS
+    """Reached by a GPU in a long prompt's products, multiply-adds counted twice."""
+    gpu: str = "RTX 4090"
+    """The card whose rates these are."""
     core_flops: float = 60e9
     """Multiply-adds of one core in a long prompt's products, each counted twice."""
     measured: tuple[str, ...] = ()
-    """Names of the rates that were measured here: "ram", "disk"."""
+    """Names of the rates that were measured here: "ram", "disk"; "gpu": the card is in here."""
     given: tuple[str, ...] = ()
     """Names of those somebody typed."""
     native: bool = True
@@ -41,20 +46,21 @@ class Budget:
     """The pack is already on this disk: its bytes need no free space."""
     reserve: int | None = None
     """Bytes of `ram` left alone; None: an eighth, at most 8 GB, and this program's own 0.5 GB."""
+    vram_reserve: int | None = None
+    """The same of `vram`; None: 2.5 GB."""
     calibration: Calibration | None = None
     """What the decode loop measured on this machine with this pack; goes before the rates."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the plan: how many of its bytes live where; `runs`: this version can do so."""
+    """One line of the plan: how many of its bytes live where."""
 
     name: str
     nbytes: int
     vram: int = 0
     ram: int = 0
     disk: int = 0
-    runs: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +70,13 @@ class Placement:
     context: int
     kv_itemsize: int
     vram: Mapping[str, int]
-    """Part -> bytes in VRAM; whole parts only."""
+    """Part -> bytes in VRAM, as many layers as lie there."""
     ram: Mapping[str, int]
     disk: Mapping[str, int]
     work: int
-    """Activations of one chunk of rows."""
+    """Activations of one chunk of rows, in RAM."""
     restarts: int
-    """Copies of sliding layers' keys and values that a session can return to."""
+    """Copies of sliding layers' keys and values that a session can return to, in RAM."""
     reserve: int
     hidden_bytes: int
     """RAM for the hidden states of a long prompt."""
@@ -79,6 +85,8 @@ class Placement:
     may take twice as much, so it is half of `hidden_bytes` where not all of the context fits."""
     hidden_tokens: int
     """Longest prompt whose hidden states fit."""
+    device: OnDevice = field(default_factory=OnDevice)
+    """What a GPU computes, and its buffers."""
     vram_experts: int = 0
     ram_experts: int = 0
     disk_experts: int = 0
@@ -118,9 +126,10 @@ class Prefill:
     parts: int
     seconds: float
     bound: str
-    """What takes longest: "disk", "PCIe" or "arithmetic"; the others hide behind it."""
+    """What takes longest: "disk", "PCIe", "GPU" or "arithmetic" (the processor's)."""
     limits: Mapping[str, float]
-    """Seconds each of them needs alone; without a GPU also "the rest", which nothing hides."""
+    """Seconds each of them needs alone, most of them hidden behind the longest; "the rest" is what
+    layers that no GPU computes take besides experts, and nothing hides it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +204,22 @@ class Plan:
         return self.placement.vram_experts * self.sizes.vram_slot
 
     @property
+    def device(self) -> OnDevice:
+        """What a GPU computes besides experts, and its buffers."""
+        return self.placement.device
+
+    @property
+    def layers_on_device(self) -> tuple[bool, ...]:
+        """For each layer whether its attention, norms and dense part are computed by a GPU."""
+        return tuple(i < self.device.layers for i in range(len(self.sizes.layers)))
+
+    @property
+    def vram_bytes(self) -> int:
+        """Most VRAM the model takes by this plan, the driver's own not counted."""
+        resident = self.device.nbytes if self.device.layers else 0
+        return resident + self.expert_vram_bytes
+
+    @property
     def drafts(self) -> bool:
         """Whether the drafter lies in memory."""
         return any(DRAFTER[0] in tier for tier in (self.placement.vram, self.placement.ram))
@@ -204,12 +229,19 @@ class Plan:
         """RAM besides the main model: keys and values, drafting, activations, long prompts."""
         found = self.placement
         drafter = sum(found.ram.get(name, 0) for name in DRAFTER)
-        return self.session_bytes + drafter + found.work + found.hidden_bytes
+        sessions = self.session_bytes - self.session_vram_bytes
+        return sessions + drafter + found.work + found.hidden_bytes + found.device.pinned
 
     @property
     def session_bytes(self) -> int:
         """What sessions may take together: a context's keys and values, its restart points."""
-        return self.placement.ram.get("KV cache", 0) + self.placement.restarts
+        ram = self.placement.ram.get("KV cache", 0) + self.placement.restarts
+        return ram + self.session_vram_bytes
+
+    @property
+    def session_vram_bytes(self) -> int:
+        """Of these in VRAM: those of the layers that are computed there."""
+        return self.device.kv + self.device.restarts
 
     @property
     def ram_bytes(self) -> int:
@@ -244,4 +276,6 @@ class Plan:
             "expert_vram_bytes": self.expert_vram_bytes,
             "staging_slots": self.staging_slots,
             "hidden_budget_bytes": self.hidden_budget_bytes,
+            "vram_bytes": self.vram_bytes,
+            "session_vram_bytes": self.session_vram_bytes,
         }
