@@ -7,29 +7,26 @@ must agree. Knows no tensors. Called by whoever opens weights, plans memory or d
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from mimo_local.config_values import Values, read_json
 from mimo_local.errors import ConfigError
 
-KNOWN_MODEL_TYPES = ("mimo_v2_flash",)
+KNOWN_MODEL_TYPES = ("mimo_v2_flash", "mimo_v2")
 
 Attention: TypeAlias = Literal["full", "sliding"]
 Mlp: TypeAlias = Literal["dense", "moe"]
+RouterDtype: TypeAlias = Literal["float32", "bfloat16"]
 
 # The hub config of V2-Flash names neither: the checkpoint ships 3 MTP layers, and its chat ends
 # turns with <|im_end|> (151645) or <|endoftext|> (151643).
 _DEFAULT_MTP_LAYERS = 3
 _REAL_VOCAB = 152_576
 _REAL_EOS = (151_645, 151_643)
-# The real model stays below 2^19 in every dimension; more than this is a damaged or hostile file.
-_ABSURD = 2**24
 _MAX_LAYERS = 1024
-_MAX_CONFIG_BYTES = 16 << 20
 _NO_EXPERTS: dict[str, Any] = {
     "n_experts": 0,
     "experts_per_token": 0,
@@ -38,8 +35,8 @@ _NO_EXPERTS: dict[str, Any] = {
     "norm_topk_prob": True,
     "routed_scaling_factor": 1.0,
     "moe_intermediate_size": 0,
+    "router_dtype": "float32",
 }
-_HINT = "compare the file with the model's original config.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +77,9 @@ class ModelConfig:
     norm_topk_prob: bool
     routed_scaling_factor: float
     moe_intermediate_size: int
+    router_dtype: RouterDtype
+    """In which the router's weights are stored; its product is float32 in both cases: see
+    `ops.route`."""
     intermediate_size: int
     max_context: int
     tie_embeddings: bool
@@ -107,122 +107,17 @@ class ModelConfig:
     def from_dir(cls, path: Path | str, *, window: int | None = None) -> ModelConfig:
         """Read config.json of a folder, end ids from generation_config.json if it has one."""
         folder = Path(path)
-        d = _read_json(folder / "config.json")
+        d = read_json(folder / "config.json")
         generation = folder / "generation_config.json"
         if generation.exists():
-            eos = _read_json(generation).get("eos_token_id")
+            eos = read_json(generation).get("eos_token_id")
             if eos is not None:
                 d = {**d, "eos_token_id": eos}
         return cls.from_dict(d, window=window)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, or ConfigError with the file's name and the reason."""
-    try:
-        if path.stat().st_size > _MAX_CONFIG_BYTES:
-            raise ConfigError(f"`{path}` is {path.stat().st_size} bytes long", hint=_HINT)
-        d = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise ConfigError(
-            f"cannot read `{path}`: {e.strerror or e}",
-            hint="point at the folder of a checkpoint or a pack: it holds config.json",
-        ) from e
-    except (ValueError, RecursionError) as e:
-        raise ConfigError(f"`{path}` is not valid JSON: {e}", hint="fetch the file again") from e
-    return _Reader(d).d
-
-
-class _Reader:
-    """One parsed config.json: typed, range-checked access; both spellings side by side."""
-
-    def __init__(self, d: object) -> None:
-        if not isinstance(d, dict):
-            raise ConfigError(f"config is a {type(d).__name__}, not an object", hint=_HINT)
-        self.d: dict[str, Any] = d
-
-    def missing(self, key: str) -> ConfigError:
-        return ConfigError(f"config.json has no `{key}`", hint=_HINT)
-
-    def bad(self, key: str, value: object, why: str) -> ConfigError:
-        return ConfigError(f"config.json: `{key}` is {value!r}: {why}", hint=_HINT)
-
-    def present(self, key: str, default: object) -> Any:
-        value = self.d.get(key)
-        if value is None:
-            value = default
-        if value is None:
-            raise self.missing(key)
-        return value
-
-    def integer(
-        self, key: str, default: int | None = None, *, low: int = 1, high: int = _ABSURD
-    ) -> int:
-        """A whole number in low..high; null counts as absent."""
-        value = self.present(key, default)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise self.bad(key, value, "a whole number is needed")
-        if not low <= value <= high:
-            raise self.bad(key, value, f"outside {low}..{high}")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        """A finite positive number; null counts as absent."""
-        return self.positive(key, self.present(key, default))
-
-    def positive(self, key: str, value: object) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self.bad(key, value, "a number is needed")
-        if not (math.isfinite(value) and value > 0):
-            raise self.bad(key, value, "a positive number is needed")
-        return float(value)
-
-    def flag(self, key: str, default: bool) -> bool:
-        value = self.present(key, default)
-        if not isinstance(value, bool):
-            raise self.bad(key, value, "true or false is needed")
-        return bool(value)
-
-    def either(self, key: str, other: Mapping[str, Any], other_key: str) -> float:
-        """A positive number under either spelling; where both are given they must agree."""
-        found = [
-            self.positive(name, value)
-            for name, value in ((key, self.d.get(key)), (other_key, other.get(other_key)))
-            if value is not None
-        ]
-        if not found:
-            raise self.missing(key)
-        if found[0] != found[-1]:
-            raise self.bad(key, found[0], f"transformers' `{other_key}` says {found[-1]}")
-        return found[0]
-
-    def pattern(self, key: str, n: int, read: Callable[[object], str | None]) -> list[str] | None:
-        """One entry per layer through `read` (None = not understood); None without the key."""
-        raw = self.d.get(key)
-        if raw is None:
-            return None
-        if not isinstance(raw, list | tuple) or len(raw) != n:
-            raise self.bad(key, raw, f"a list of num_hidden_layers = {n} entries is needed")
-        out = []
-        for i, item in enumerate(raw):
-            word = read(item) if not isinstance(item, bool | list | dict) else None
-            if word is None:
-                raise self.bad(f"{key}[{i}]", item, "not a layer kind of this family")
-            out.append(word)
-        return out
-
-    def kinds(
-        self, n: int, hub: str, hub_words: dict[int, Any], own: str, own_words: dict[str, Any]
-    ) -> list[Any]:
-        """Layer kinds from the hub's 0/1 list or transformers' words; both must agree."""
-        a = self.pattern(hub, n, lambda x: hub_words.get(x) if isinstance(x, int) else None)
-        b = self.pattern(own, n, lambda x: own_words.get(x) if isinstance(x, str) else None)
-        if a is not None and b is not None and a != b:
-            i = next(i for i in range(n) if a[i] != b[i])
-            raise self.bad(f"{hub}[{i}]", a[i], f"`{own}` says {b[i]!r}")
-        found = a if a is not None else b
-        if found is None:
-            raise self.missing(hub)
-        return found
+class _Reader(Values):
+    """One parsed config.json of this family, both spellings side by side."""
 
     def window(self, override: int | None, *, needed: bool) -> int | None:
         """Keys a query of a sliding layer sees, itself included.
@@ -255,15 +150,17 @@ class _Reader:
         own = tables.get(f"{kind}_attention") or {} if isinstance(tables, Mapping) else None
         if not isinstance(own, Mapping):
             raise self.bad("rope_parameters", tables, "an object per layer type is needed")
-        for table in (own, self.d.get("rope_scaling") or {}):
+        for table in (own, tables, self.d.get("rope_scaling") or {}):
             scheme = (
                 table.get("rope_type", table.get("type")) if isinstance(table, Mapping) else table
             )
             if scheme not in (None, "default"):
                 raise self.bad("rope_type", scheme, "this family uses plain positions only")
         key = "rope_theta" if kind == "full" else "swa_rope_theta"
-        theta = self.either(key, own, "rope_theta")
-        factor = self.either("partial_rotary_factor", own, "partial_rotary_factor")
+        # V2.6 writes one table for all; its base is that of full attention.
+        base = tables if kind == "full" and not own else own
+        theta = self.either(key, base, "rope_theta")
+        factor = self.either("partial_rotary_factor", own or tables, "partial_rotary_factor")
         rotary = int(head_dim * factor)
         if rotary % 2 or not 2 <= rotary <= head_dim:
             why = f"rotates {rotary} of {head_dim} dims, not an even part"
@@ -315,18 +212,30 @@ class _Reader:
             "norm_topk_prob": self.flag("norm_topk_prob", True),
             "routed_scaling_factor": self.number("routed_scaling_factor", 1.0),
             "moe_intermediate_size": self.integer("moe_intermediate_size"),
+            "router_dtype": self.router_dtype(),
         }
 
+    def router_dtype(self) -> RouterDtype:
+        """V2.6 names it; the others' routers are float32."""
+        match self.present("moe_router_dtype", "float32"):
+            case "float32":
+                return "float32"
+            case "bfloat16":
+                return "bfloat16"
+            case other:
+                raise self.bad("moe_router_dtype", other, "only float32 and bfloat16 are known")
+
     def eos(self, vocab_size: int) -> tuple[int, ...]:
-        """Ids that end an answer, without repeats."""
+        """Ids that end an answer, without repeats; in the family's own vocabulary always both."""
         raw = self.d.get("eos_token_id")
+        known = _REAL_EOS if vocab_size == _REAL_VOCAB else ()
         if raw is None:
-            return _REAL_EOS if vocab_size == _REAL_VOCAB else ()
+            return known
         ids = raw if isinstance(raw, list | tuple) else [raw]
         for i in ids:
             if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < vocab_size:
                 raise self.bad("eos_token_id", raw, f"not ids of a vocabulary of {vocab_size}")
-        return tuple(dict.fromkeys(ids))
+        return tuple(dict.fromkeys((*ids, *known)))
 
     def model_type(self) -> str:
         value = self.present("model_type", None)
@@ -349,6 +258,9 @@ class _Reader:
             value = self.d.get(key)
             if value is not None and value != known:
                 raise self.bad(key, value, f"only {known!r} is known")
+        layout = self.d.get("attention_projection_layout")
+        if layout not in (None, "split", "fused_qkv"):
+            raise self.bad("attention_projection_layout", layout, "split or fused_qkv is needed")
 
     def layer_kinds(self) -> tuple[list[Attention], list[Mlp]]:
         """(attention kind, mlp kind) of every layer."""

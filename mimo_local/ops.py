@@ -170,6 +170,9 @@ def route(
     """x (T, D), router weight (E, D), bias (E,), all float32 -> ids (T, K) int64, weights (T, K).
 
     Scores are sigmoids. The bias decides who is chosen, never how much a chosen expert counts.
+    Also where `config.router_dtype` is bfloat16 (V2.6: the weights are stored so) the product is
+    float32, as in the model's own code: rounding logits to bfloat16, as serving engines do, would
+    be a second rounding of numbers that differ by less among themselves.
     """
     score = scores(x, weight)
     votes = election(score, bias, config)

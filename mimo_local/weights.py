@@ -27,7 +27,7 @@ from quant.writer import MANIFEST
 
 OnProgress: TypeAlias = Callable[[Progress], None]
 
-_STORED = {"F32": "f32", "F16": "f32", "F64": "f32", "BF16": "bf16"}
+_STORED = {"F32": "f32", "F16": "f32", "F64": "f32", "BF16": "bf16", "MXFP4": "mxfp4"}
 """Checkpoint dtype -> the format it runs in. FP8 times its scales fits no 8 bits: bf16."""
 _DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 EXPERT_PARTS = ("gate_proj", "up_proj", "down_proj")
@@ -200,10 +200,10 @@ class CheckpointWeights:
         return self.asked or _STORED.get(self.checkpoint.dtype(name), "bf16")
 
     def linear(self, name: str) -> QuantLinear:
-        """A matrix in its stored precision; FP8 with its scales applied."""
+        """A matrix in its stored precision, MXFP4 as it is; FP8 with its scales applied."""
         fmt = get_format(self._format(name))
-        if self.asked is None and self.checkpoint.dtype(name) == "BF16":
-            parts = {"weight": self.checkpoint.read_raw(name)}
+        if self.asked is None and self.checkpoint.dtype(name) in ("BF16", "MXFP4"):
+            parts = self.checkpoint.read_parts(name)
         else:
             parts = fmt.pack(self.checkpoint.read(name))
         return QuantLinear(fmt, parts, *self.checkpoint.shape(name))
@@ -229,8 +229,8 @@ class CheckpointWeights:
     def _sum(self, *, experts: bool) -> int:
         total = 0
         for name, shape in shapes(self.config, experts=experts):
-            width = 2 if len(shape) == 2 and self._format(name) == "bf16" else 4
-            total += math.prod(shape) * width
+            fmt = get_format(self._format(name) if len(shape) == 2 else "f32")
+            total += fmt.nbytes(math.prod(shape[:-1]), shape[-1])
         return total
 
 

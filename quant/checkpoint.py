@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,47 +20,23 @@ import torch
 from mimo_local.errors import CheckpointError
 from quant import mxfp4
 from quant.formats import Parts, get_format
-from quant.fp8 import BLOCK, Fp8Rows, fused_grid
-from quant.shards import INDEX, REFETCH, find_shards
-from quant.tensorfile import DTYPES, Scratch, TensorFile, read_json
+from quant.fp8 import BLOCK, Fp8Rows, fused_grid, sharded_grid
+from quant.shards import INDEX, REFETCH, Shards, find_shards
+from quant.sources import FUSED_QKV, Source, fused_shards, logical
+from quant.tensorfile import Scratch, TensorFile, read_json
 from quant.twins import MXFP4_MOST
 
 _SCALE = "_scale_inv"
 _SKIPPED = re.compile(r"(^|\.)(visual|vision|audio|speech)")
-_FUSED = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _FP8 = ("F8_E4M3", "F8_E5M2")
-
-
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """Where a logical tensor lies: `row` counts rows of the stored tensor seen as a matrix."""
-
-    file: TensorFile
-    stored: str
-    shape: tuple[int, ...]
-    dtype: str
-    row: int = 0
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
-
-    def load(self, start: int, stop: int, scratch: Scratch | None = None) -> torch.Tensor:
-        """Rows start..stop in the stored dtype."""
-        dtype = DTYPES[self.dtype]
-        tail = self.shape[1:]
-        step = math.prod(tail) * dtype.itemsize
-        offset = self.file.entries[self.stored].offset + (self.row + start) * step
-        shape = (stop - start, *tail) if self.shape else ()
-        return self.file.load(offset, dtype, shape, self.stored, scratch)
 
 
 @dataclass(frozen=True, slots=True)
 class _Scales:
     """The scale tensors an FP8 weight needs and, per weight row, its row in their concatenation."""
 
-    sources: tuple[_Source, ...]
+    sources: tuple[Source, ...]
     rows: torch.Tensor | None = None
     """None: the plain grid, row r uses scale row r // block."""
 
@@ -70,15 +45,17 @@ class Checkpoint:
     """A checkpoint folder, opened and checked; reading is by row ranges and never cached."""
 
     config: dict[str, Any]
+    tp: int | None
+    """Shards of the fused qkv_proj; None where q, k and v are stored apart."""
 
     def __init__(self, path: Path, config: dict[str, Any], files: list[TensorFile]) -> None:
         """Use `Checkpoint.open`."""
         self.path = path
         self.config = config
         self._files = files
-        self._sources: dict[str, _Source] = {}
+        self._sources: dict[str, Source] = {}
         self._scales: dict[str, _Scales] = {}
-        self._own_scale: dict[str, _Source] = {}
+        self._own_scale: dict[str, Source] = {}
         self._mxfp4: set[str] = set()
         self._skipped: list[str] = []
         quantization = config.get("quantization_config")
@@ -102,9 +79,9 @@ class Checkpoint:
             error=CheckpointError,
             hint="a checkpoint folder holds config.json beside its .safetensors files",
         )
-        names, weight_map = find_shards(folder)
-        files = [TensorFile(folder / n, error=CheckpointError, hint=REFETCH) for n in names]
-        return cls.of_files(folder, config, files, weight_map)
+        found = find_shards(folder)
+        files = [TensorFile(folder / n, error=CheckpointError, hint=REFETCH) for n in found.names]
+        return cls.of_files(folder, config, files, found)
 
     @classmethod
     def of_files(
@@ -112,11 +89,12 @@ class Checkpoint:
         folder: Path,
         config: dict[str, Any],
         files: list[TensorFile],
-        weight_map: dict[str, str] | None,
+        shards: Shards,
     ) -> Checkpoint:
         """A checkpoint of these files, whose headers are known; their data may come later."""
         self = cls(folder, config, files)
-        self._collect(weight_map)
+        self.tp = fused_shards(files, config, shards.tp_size, self._block[0])
+        self._collect(shards.weight_map)
         self._match_mxfp4()
         self._match_scales()
         return self
@@ -151,10 +129,12 @@ class Checkpoint:
         """Stored dtype as safetensors names it ("F8_E4M3", "BF16", "F32", ...), or "MXFP4"."""
         return "MXFP4" if name in self._mxfp4 else self._source(name).dtype
 
-    def read_raw(self, name: str) -> torch.Tensor:
-        """The tensor in its stored dtype, scales not applied."""
+    def read_parts(self, name: str) -> Parts:
+        """A tensor stored as BF16 or MXFP4 as the parts of that format: the same bytes."""
+        if name in self._mxfp4:
+            return self.read_mxfp4(name)
         source = self._source(name)
-        return source.load(0, source.shape[0] if source.shape else 1)
+        return {"weight": source.load(0, source.shape[0] if source.shape else 1)}
 
     def read(
         self, name: str, rows: slice | None = None, *, scratch: Scratch | None = None
@@ -244,7 +224,7 @@ class Checkpoint:
         """How many safetensors files the checkpoint has."""
         return len(self._files)
 
-    def _source(self, name: str) -> _Source:
+    def _source(self, name: str) -> Source:
         if name not in self._sources:
             raise CheckpointError(
                 f"{name} is not in the checkpoint {self.path.name}",
@@ -268,7 +248,7 @@ class Checkpoint:
                 if _SKIPPED.search(stored):
                     self._skipped.append(stored)
                 elif not stored.endswith((_SCALE, "rotary_emb.inv_freq")):
-                    self._sources.update(_logical(file, stored))
+                    self._sources.update(logical(file, stored, self.config, self.tp))
         for stored, shard in (weight_map or {}).items():
             if seen.get(stored) != shard:
                 raise CheckpointError(
@@ -298,6 +278,9 @@ class Checkpoint:
         for name, source in self._sources.items():
             if source.dtype not in _FP8 or name in done:
                 continue
+            if FUSED_QKV.fullmatch(source.stored):
+                done.update(self._match_fused(source))
+                continue
             trio = [name]
             match = re.fullmatch(r"(.*\.self_attn\.)[qkv](_proj\.weight)", name)
             if match:
@@ -307,8 +290,22 @@ class Checkpoint:
             self._match(trio)
             done.update(trio)
 
+    def _match_fused(self, source: Source) -> list[str]:
+        """Scales of q, k and v that are stored as one; their shapes are known to be right."""
+        assert self.tp is not None
+        prefix = source.stored.removesuffix("qkv_proj.weight")
+        names = [f"{prefix}{part}_proj.weight" for part in "qkv"]
+        q, k, v = (self._sources[name].shape[0] for name in names)
+        scale = self._scale_of(source)
+        rows = sharded_grid(q, k, v, self.tp, self._block[0])
+        for name, of_part in zip(names, rows, strict=True):
+            self._scales[name] = _Scales((scale,), of_part)
+        self._own_scale[names[0]] = scale  # counted once
+        return names
+
     def _match(self, names: list[str]) -> None:
         scales = [self._scale_source(name) for name in names]
+        self._own_scale.update(zip(names, scales, strict=True))
         plain = [-(-self._sources[name].shape[0] // self._block[0]) for name in names]
         found = [s.shape[0] for s in scales]
         if found == plain:
@@ -326,35 +323,37 @@ class Checkpoint:
         wrong = next(i for i, (a, b) in enumerate(zip(found, plain, strict=True)) if a != b)
         raise self._scale_error(names[wrong], f"{found[wrong]} rows", f"{plain[wrong]}")
 
-    def _scale_source(self, name: str) -> _Source:
+    def _scale_source(self, name: str) -> Source:
         source = self._sources[name]
-        scale_name = source.stored + _SCALE
-        entry = source.file.entries.get(scale_name)
-        if entry is None:
-            holder = next((f for f in self._files if scale_name in f.entries), None)
-            if holder is None:
-                raise CheckpointError(
-                    f"{source.file.path.name}: {name} is FP8 but {scale_name} is missing",
-                    hint="FP8 weights mean nothing without their scales; " + REFETCH,
-                )
-            entry = holder.entries[scale_name]
-            file = holder
-        else:
-            file = source.file
-        if len(source.shape) != 2 or source.stored != name:
+        if source.stored != name:
             raise CheckpointError(
                 f"{source.file.path.name}: {source.stored} is FP8 with shape {source.shape}",
-                hint="FP8 is read for split matrices as the hub's checkpoint stores them",
+                hint="FP8 is read for matrices as the hub's checkpoints store them",
             )
-        cols = -(-source.shape[1] // self._block[1])
+        return self._scale_of(source)
+
+    def _scale_of(self, source: Source) -> Source:
+        """The scales of a stored FP8 tensor, here or in another file."""
+        name, wanted = source.stored, source.stored + _SCALE
+        holders = (f for f in (source.file, *self._files) if wanted in f.entries)
+        file = next(holders, None)
+        if file is None:
+            raise CheckpointError(
+                f"{source.file.path.name}: {name} is FP8 but {wanted} is missing",
+                hint="FP8 weights mean nothing without their scales; " + REFETCH,
+            )
+        if len(source.shape) != 2:
+            raise CheckpointError(
+                f"{source.file.path.name}: {name} is FP8 with shape {source.shape}",
+                hint="FP8 is read for matrices as the hub's checkpoints store them",
+            )
+        entry, cols = file.entries[wanted], -(-source.shape[1] // self._block[1])
         if len(entry.shape) != 2 or entry.shape[1] != cols or entry.dtype not in _FLOATS:
             raise self._scale_error(name, f"{entry.dtype} {list(entry.shape)}", f"{cols} columns")
-        scale = _Source(file, scale_name, entry.shape, entry.dtype)
-        self._own_scale[name] = scale
-        return scale
+        return Source(file, wanted, entry.shape, entry.dtype)
 
     def _scale_error(self, name: str, found: str, wanted: str) -> CheckpointError:
-        source = self._sources[name]
+        source = self._sources.get(name) or self._sources[name.replace("qkv_proj", "q_proj")]
         return CheckpointError(
             f"{source.file.path.name}: the scales of {name} {list(source.shape)} have {found}, "
             f"blocks of {self._block[0]} x {self._block[1]} need {wanted}",
@@ -377,24 +376,7 @@ class Checkpoint:
         return Fp8Rows(raw, table, row_of, self._block[1])
 
 
-def _range(source: _Source, rows: slice | None) -> tuple[int, int]:
+def _range(source: Source, rows: slice | None) -> tuple[int, int]:
     """First row and the one after the last of a range of the first axis."""
     start, stop, _ = (rows or slice(None)).indices(source.shape[0] if source.shape else 1)
     return start, max(start, stop)
-
-
-def _logical(file: TensorFile, stored: str) -> Iterator[tuple[str, _Source]]:
-    """The hub's names for one stored tensor; transformers fuses experts and renames sinks."""
-    entry = file.entries[stored]
-    fused = _FUSED.fullmatch(stored)
-    if fused is None or len(entry.shape) != 3:
-        name = re.sub(r"\.self_attn\.sinks$", ".self_attn.attention_sink_bias", stored)
-        yield name, _Source(file, stored, entry.shape, entry.dtype)
-        return
-    experts, rows, cols = entry.shape
-    parts = ("gate_proj", "up_proj") if fused[2] == "gate_up_proj" else ("down_proj",)
-    n = rows // len(parts)
-    for expert in range(experts):
-        for i, part in enumerate(parts):
-            name = f"{fused[1]}.{expert}.{part}.weight"
-            yield name, _Source(file, stored, (n, cols), entry.dtype, expert * rows + i * n)

@@ -86,6 +86,23 @@ def fused_grid(q: int, k: int, v: int, tp: int, block: int = BLOCK) -> FusedGrid
     return FusedGrid(counts, (rows[0], rows[1], rows[2]))
 
 
+def sharded_grid(
+    q: int, k: int, v: int, tp: int, block: int = BLOCK
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Per row of q, k and v its row in the scale tensor of one fused qkv.
+
+    Each of the `tp` shards, [q/tp | k/tp | v/tp] rows, has a grid of its own that begins with it.
+    """
+    parts = (q // tp, k // tp, v // tp)
+    per_shard = -(-sum(parts) // block)
+    shard = torch.arange(tp).unsqueeze(1) * per_shard
+    rows, start = [], 0
+    for n in parts:
+        rows.append((shard + (start + torch.arange(n)) // block).reshape(-1))
+        start += n
+    return rows[0], rows[1], rows[2]
+
+
 _PAIRS: list[np.ndarray[Any, np.dtype[np.uint64]]] = []
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from mimo_local.errors import ConfigError
@@ -135,6 +136,32 @@ def _patterns(config: Mapping[str, Any]) -> tuple[list[bool], list[bool]]:
                 hint="fetch config.json of the checkpoint again; it must name every layer's kind",
             )
     return [bool(x) for x in sliding or ()], [bool(x) for x in moe or ()]
+
+
+@dataclass(frozen=True, slots=True)
+class Qkv:
+    """Rows of one layer's q, k and v matrices."""
+
+    rows: tuple[int, int, int]
+    kv_heads: int
+
+
+def qkv_of(config: Mapping[str, Any], prefix: str) -> Qkv:
+    """Those of the attention whose tensors' names begin with `prefix`; ConfigError."""
+    layer = layer_of(prefix)
+    sliding, _ = ([True], ()) if layer is None else _patterns(config)
+    if layer is not None and layer >= len(sliding):
+        raise ConfigError(
+            f"config.json: num_hidden_layers is {len(sliding)}, there are weights of layer {layer}",
+            hint="config.json and the weights belong to different checkpoints",
+        )
+    at = "x.self_attn."
+    shapes = _attention("x.", config, 1, sliding=sliding[layer or 0])
+    q, k, v = (shapes[f"{at}{part}_proj.weight"][0] for part in "qkv")
+    heads = _int(config, "num_key_value_heads")
+    if sliding[layer or 0]:
+        heads = _int(config, "swa_num_key_value_heads", 2 * heads)
+    return Qkv((q, k, v), heads)
 
 
 def _attention(prefix: str, config: Mapping[str, Any], hidden: int, *, sliding: bool) -> Shapes:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,20 @@ INDEX = "model.safetensors.index.json"
 REFETCH = "fetch this file of the checkpoint again; its checksum is on the model's hub page"
 
 
-def find_shards(folder: Path) -> tuple[list[str], dict[str, str] | None]:
-    """The checkpoint's safetensors file names, sorted, and the index's tensor -> file map."""
+@dataclass(frozen=True, slots=True)
+class Shards:
+    """What a checkpoint consists of, as its index or its files' names say."""
+
+    names: list[str]
+    """Of the safetensors files, sorted."""
+    weight_map: dict[str, str] | None
+    """Tensor -> file."""
+    tp_size: int | None = None
+    """Tensor-parallel shards that fused tensors were written in."""
+
+
+def find_shards(folder: Path) -> Shards:
+    """The files of the checkpoint in a folder."""
     index = None
     if (folder / INDEX).exists():
         index = read_json(folder / INDEX, error=CheckpointError, hint=REFETCH)
@@ -26,9 +39,7 @@ def find_shards(folder: Path) -> tuple[list[str], dict[str, str] | None]:
     return shard_names(listing, index, str(folder))
 
 
-def shard_names(
-    listing: set[str], index: Mapping[str, Any] | None, where: str
-) -> tuple[list[str], dict[str, str] | None]:
+def shard_names(listing: set[str], index: Mapping[str, Any] | None, where: str) -> Shards:
     """The same for a folder `where` that lists these safetensors files and has this index."""
     weight_map: dict[str, str] | None = None
     if index is not None:
@@ -62,4 +73,12 @@ def shard_names(
             f"no .safetensors files in {where}",
             hint="give the folder of a Hugging Face checkpoint (a pack needs no conversion)",
         )
-    return sorted(names), weight_map
+    return Shards(sorted(names), weight_map, None if index is None else _tp_size(index))
+
+
+def _tp_size(index: Mapping[str, Any]) -> int | None:
+    metadata = index.get("metadata")
+    value = metadata.get("tp_size") if isinstance(metadata, dict) else None
+    if value is not None and (type(value) is not int or value < 1):
+        raise CheckpointError(f"{INDEX}: tp_size is {value!r}, not a count", hint=REFETCH)
+    return value

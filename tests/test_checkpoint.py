@@ -136,7 +136,7 @@ def test_the_official_fp8_layout(tmp_path: Path, shards: int, mtp_in_index: bool
     ckpt = Checkpoint.open(tmp_path)
     same(ckpt, weights)
     assert ckpt.dtype(K_FULL) == "F8_E4M3"
-    assert ckpt.read_raw(K_FULL).dtype == torch.float8_e4m3fn
+    assert ckpt.load(K_FULL).codes.dtype == torch.float8_e4m3fn
     assert ckpt.nbytes == sum(
         sum(t.nbytes for t in load_file(f).values()) for f in tmp_path.glob("*.safetensors")
     )

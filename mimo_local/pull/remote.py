@@ -65,12 +65,13 @@ def read_remote(
             hint="name a repository that holds a MiMo-V2 checkpoint as safetensors",
         )
     index = _json(snapshot, hub, staging, INDEX)
-    listing = {name for name in snapshot.files if name.endswith(".safetensors")}
-    names, weight_map = shard_names(listing, index, f"the repository {snapshot.repo}")
-    shards = tuple(snapshot.files[name] for name in names)
+    # Folders below (a drafter, an audio tokenizer) hold other models.
+    listing = {name for name in snapshot.files if name.endswith(".safetensors") and "/" not in name}
+    found = shard_names(listing, index, f"the repository {snapshot.repo}")
+    shards = tuple(snapshot.files[name] for name in found.names)
     headers = _headers(snapshot, hub, staging, shards, on_progress)
     files = [StagedFile(staging, file, headers[file.name]) for file in shards]
-    checkpoint = Checkpoint.of_files(staging.folder, config, list(files), weight_map)
+    checkpoint = Checkpoint.of_files(staging.folder, config, list(files), found)
     wanted = [*copied(snapshot.files), *([INDEX] if index is not None else [])]
     small = tuple(snapshot.files[name] for name in wanted)
     return Remote(snapshot, checkpoint, shards, small)
