@@ -81,8 +81,9 @@ class RopeTable:
         exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=device) / rotary_dim
         self.frequencies = 1.0 / theta**exponents
         self.cos = self.sin = self.frequencies.new_empty((0, 1, rotary_dim))
-        self._where = (0, 0)
-        self._there: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._where: tuple[int, int] | None = None
+        self._there: dict[torch.device, torch.Tensor] = {}
+        """The frequencies by device."""
 
     def grow(self, n: int) -> None:
         """Make positions 0 .. n-1 available."""
@@ -96,13 +97,14 @@ class RopeTable:
             cos, sin = angles.cos(), angles.sin()
             self.cos = torch.cat((cos, cos), -1)[:, None]
             self.sin = torch.cat((-sin, sin), -1)[:, None]
-        self._where = (self.cos.data_ptr(), self.sin.data_ptr())
-        self._there.clear()
+        self._where = None
 
     def place(self, start: int, n: int) -> tuple[int, int]:
         """Addresses of `rows` of one sequence, good until the table grows."""
         self.grow(start + n)
         at = 4 * start * self.cos.shape[-1]
+        if self._where is None:
+            self._where = (self.cos.data_ptr(), self.sin.data_ptr())
         return self._where[0] + at, self._where[1] + at
 
     def rows(
@@ -113,25 +115,35 @@ class RopeTable:
         sin's first half is negated: the rotation is then x * cos + swapped halves * sin. `device`:
         where they are wanted, None: where the table is.
         """
+        if device is not None and device.type != self.frequencies.device.type:
+            return self._computed(spans, device)
         self.grow(max(start + n for start, n in spans))
-        cos, sin = self._on(device)
         if len(spans) == 1:
             start, n = spans[0]
-            return cos[start : start + n], sin[start : start + n]
+            return self.cos[start : start + n], self.sin[start : start + n]
         pieces = [slice(start, start + n) for start, n in spans]
         return (
-            torch.cat([cos[piece] for piece in pieces]),
-            torch.cat([sin[piece] for piece in pieces]),
+            torch.cat([self.cos[piece] for piece in pieces]),
+            torch.cat([self.sin[piece] for piece in pieces]),
         )
 
-    def _on(self, device: torch.device | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The whole table on a device, copied when it has grown."""
-        if device is None or device == self.cos.device:
-            return self.cos, self.sin
+    def _computed(
+        self, spans: list[tuple[int, int]], device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same on an accelerator, anew each step.
+
+        A few small calls for all layers; the table would be 0.5 GB of its memory at a million rows.
+        """
         if device not in self._there:
             with torch.inference_mode(False):
-                self._there[device] = (self.cos.to(device), self.sin.to(device))
-        return self._there[device]
+                self._there[device] = self.frequencies.to(device)
+        ranges = [
+            torch.arange(start, start + n, dtype=torch.float32, device=device) for start, n in spans
+        ]
+        positions = ranges[0] if len(ranges) == 1 else torch.cat(ranges)
+        angles = positions[:, None] * self._there[device]
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None]
 
 
 def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
@@ -141,11 +153,11 @@ def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
     """
     r = cos.shape[-1]
     part = x[..., :r]
-    swapped = torch.cat((part[..., r // 2 :], part[..., : r // 2]), -1)
-    if x.dtype == torch.float32:
-        part.mul_(cos).addcmul_(swapped, sin)
-    else:  # one rounding, at the end
-        part.copy_(part.float().mul_(cos).addcmul_(swapped.float(), sin))
+    wide = part.float()  # the part itself, or a copy: then it is rounded once, at the end
+    swapped = torch.cat((wide[..., r // 2 :], wide[..., : r // 2]), -1)
+    wide.mul_(cos).addcmul_(swapped, sin)
+    if wide is not part:
+        part.copy_(wide)
 
 
 def election(score: torch.Tensor, bias: torch.Tensor, config: ModelConfig) -> torch.Tensor:
