@@ -16,8 +16,9 @@ import tiny
 import torch
 
 from mimo_local import kernels
+from mimo_local.device import Mark
 from mimo_local.errors import CancelledError, PackError
-from mimo_local.experts import device_sweep
+from mimo_local.experts import device_sweep, upload
 from mimo_local.experts.device_sweep import DeviceSweep
 from mimo_local.experts.disk import DiskTier
 from mimo_local.experts.host_share import HostShare
@@ -280,6 +281,43 @@ def test_others_may_step_through_the_store_when_a_prompt_asks(
         assert torch.equal(found, sweep.run(LAYER, x, ids, w)) and asked >= EXPERTS // 2
         assert store.ram.ring_left + len(store._orphans) == RING
         store.close()
+
+
+def test_no_buffer_is_filled_and_no_slot_overwritten_while_it_is_in_use(
+    whole: ExpertStore, made: Callable[..., DeviceSweep], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stand-in device computes at once, so it cannot see these two: the order of the marks."""
+    sweep = made(whole, costs=DEVICE)
+    log: list[tuple[object, str]] = []
+    for name in ("set", "hold", "wait"):
+        plain = getattr(Mark, name)
+
+        def noted(self: Mark, *args: Any, name: str = name, plain: Any = plain) -> None:
+            log.append((self, name if not args else f"{name} {args[0] is sweep.uploader._copies}"))
+            plain(self, *args)
+
+        monkeypatch.setattr(Mark, name, noted)
+    plain_copy = upload._copy
+
+    def copy(base: int, *args: Any) -> None:
+        log.append((base, "fill"))
+        plain_copy(base, *args)
+
+    monkeypatch.setattr(upload, "_copy", copy)
+    sweep.run(LAYER, *step(100, 1))
+    assert sum(what == "fill" for _, what in log) == EXPERTS
+    for slot in sweep.uploader._slots:
+        mine = {id(slot.arrived): "arrived", id(slot.used): "used"}
+        seen = [
+            (mine.get(id(who), "buffer"), what)
+            for who, what in log
+            if id(who) in mine or who == slot.host.data_ptr()
+        ]
+        one = [
+            ("arrived", "wait"), ("buffer", "fill"), ("used", "hold True"), ("arrived", "set"),
+            ("arrived", "hold False"), ("used", "set"),
+        ]  # fmt: skip
+        assert seen == one * (len(seen) // len(one)) and len(seen) >= 5 * len(one)
 
 
 # ---- stopped on the way --------------------------------------------------------------------------

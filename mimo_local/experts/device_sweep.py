@@ -112,7 +112,7 @@ class DeviceSweep:
     def nbytes(self) -> int:
         """Bytes of device memory: slots, and what one product of ROWS rows needs besides x, out."""
         size = 2 if self.dtype == torch.bfloat16 else 4
-        row = size * (2 * self.hidden + 3 * self.width) + 4 * self.hidden
+        row = size * (2 * self.hidden + 3 * self.width) + 8 * self.hidden
         return self.uploader.nbytes + ROWS * row + 2 * size * self.hidden * self.width
 
     def close(self) -> None:
