@@ -27,10 +27,12 @@ from mimo_local.errors import CancelledError
 from mimo_local.experts.host_share import HostShare
 from mimo_local.experts.policy import Key
 from mimo_local.experts.shares import Costs, Rates, Split, split
+from mimo_local.experts.slots import MATRICES
 from mimo_local.experts.store import Store
 from mimo_local.experts.upload import Slot, Uploader
-from mimo_local.weights import Expert, QuantLinear
+from mimo_local.weights import Expert, PackWeights, QuantLinear, Weights
 from quant import on_device
+from quant.formats import Parts
 
 SLOTS: Final = 3
 """Experts on their way to or on the device: one is filled, one copied, one multiplied."""
@@ -50,8 +52,8 @@ class Residents(Protocol):
 
     def __contains__(self, key: Key) -> bool: ...
 
-    def mlp(self, key: Key, x: torch.Tensor) -> torch.Tensor:
-        """x (n, D) on the device -> (n, D), in x's dtype."""
+    def run(self, key: Key, x: torch.Tensor) -> torch.Tensor:
+        """x (n, D) on the device -> (n, D), in x's dtype; nothing waits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +109,22 @@ class DeviceSweep:
         self.share = HostShare(hidden, self.device)
         self._counts = host_buffer((n_experts + 1,), torch.int64, self.device)
         self._experts = torch.arange(n_experts + 1, device=self.device)
+
+    @classmethod
+    def of(
+        cls, inner: Store, vram: Residents | None, device: torch.device | str, weights: Weights
+    ) -> DeviceSweep:
+        """For the experts of `weights`, which `inner` holds."""
+        config = weights.config
+        hidden, width = config.hidden_size, config.moe_intermediate_size
+        nbytes = 3 * 4 * hidden * width
+        if isinstance(weights, PackWeights):
+            pack = weights.pack
+            nbytes = max(pack.expert_layout(layer).nbytes for layer in pack.expert_layers)
+        return cls(
+            inner, vram, device,
+            n_experts=config.n_experts, hidden=hidden, width=width, nbytes=nbytes,
+        )  # fmt: skip
 
     @property
     def nbytes(self) -> int:
@@ -178,19 +196,20 @@ class DeviceSweep:
             # An expert is chosen once by a row at most: no two additions meet.
             out.index_add_(0, rows, y.float().mul_(pairs.weights[some]))
 
-    def product(self, slot: Slot, expert: Expert, x: torch.Tensor) -> torch.Tensor:
+    def mlp(self, slot: Slot, expert: Expert) -> Callable[[torch.Tensor], torch.Tensor]:
         """x (n, D) -> down(silu(gate x) * up x) by the expert that was copied to `slot`."""
+        there = {name: self._there(slot.parts[name], getattr(expert, name)) for name in MATRICES}
 
         def by(name: str, x: torch.Tensor) -> torch.Tensor:
             linear: QuantLinear = getattr(expert, name)
-            raw = slot.parts[name]
-            shapes = on_device.parts_there(
-                linear.format.name, linear.rows, linear.cols, self.device
-            )
-            parts = {n: raw[n].reshape(shape).to(dtype) for n, (dtype, shape) in shapes.items()}
-            return on_device.product(x, linear.format.name, parts, linear.rows, linear.cols)
+            return on_device.product(x, linear.format.name, there[name], linear.rows, linear.cols)
 
-        return by("down", F.silu(by("gate", x)).mul_(by("up", x)))
+        return lambda x: by("down", F.silu(by("gate", x)).mul_(by("up", x)))
+
+    def _there(self, raw: Parts, linear: QuantLinear) -> Parts:
+        """A matrix's parts as the host stores them, to those products want: scales are widened."""
+        shapes = on_device.parts_there(linear.format.name, linear.rows, linear.cols, self.device)
+        return {name: raw[name].reshape(shape).to(dtype) for name, (dtype, shape) in shapes.items()}
 
 
 class _Layer:
@@ -275,16 +294,14 @@ class _Layer:
             return
         e, slot, expert = ready
         slot.arrived.hold(self.compute)
-        self.sweep.add(
-            self.out, self.x, self.pairs, self.pairs.of(e),
-            lambda x: self.sweep.product(slot, expert, x),
-        )  # fmt: skip
+        mlp = self.sweep.mlp(slot, expert)
+        self.sweep.add(self.out, self.x, self.pairs, self.pairs.of(e), mlp)
         slot.used.set()
 
     def _resident(self, e: int) -> None:
         vram, key = self.sweep.vram, (self.layer, e)
         assert vram is not None
-        self.sweep.add(self.out, self.x, self.pairs, self.pairs.of(e), lambda x: vram.mlp(key, x))
+        self.sweep.add(self.out, self.x, self.pairs, self.pairs.of(e), lambda x: vram.run(key, x))
 
     # ---- the CPU's share -------------------------------------------------------------------------
 

@@ -15,7 +15,8 @@ from typing import Final
 import torch
 
 from mimo_local.device import Mark, Stream, host_buffer
-from mimo_local.weights import EXPERT_PARTS, Expert, QuantLinear
+from mimo_local.experts.slots import MATRICES
+from mimo_local.weights import Expert, QuantLinear
 
 THREADS: Final = 4
 """That fill a buffer: one core copies 10 GB/s, the bus takes 25."""
@@ -23,7 +24,6 @@ PIECE: Final = 1 << 20
 """Bytes below which another thread costs more than it gives."""
 ALIGN: Final = 256
 """Bytes; where a part begins in a slot, as torch's own allocations do."""
-MATRICES: Final = tuple(part.removesuffix("_proj") for part in EXPERT_PARTS)
 _PARTS: Final = 3 * 2
 
 

@@ -63,12 +63,10 @@ def leave_out(case: str) -> None:
         share = host_share.HostShare
         share._multiply = without(share._multiply, "_arrived")  # type: ignore[method-assign]
     if case == "CPU and device mixed":
-        plain_product = DeviceSweep.product
-
-        def mixed(self: DeviceSweep, slot: Any, expert: Any, x: torch.Tensor) -> torch.Tensor:
-            return plain_product(self, slot, expert, x) + torch.ones(x.shape)
-
-        DeviceSweep.product = mixed  # type: ignore[method-assign]
+        plain = DeviceSweep.mlp
+        DeviceSweep.mlp = lambda self, slot, expert: (  # type: ignore[method-assign]
+            lambda x: plain(self, slot, expert)(x) + torch.ones(x.shape)
+        )
 
 
 class _Never(device.Mark):
