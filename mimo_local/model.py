@@ -215,7 +215,7 @@ class Model:
                 self.layers, self.embedding, self.ropes, segment.cache, how,
                 on_progress=on_progress, cancel=cancel,
             )  # fmt: skip
-            return self._normed(reader.read(ids, tail))
+            return self._normed(moved(reader.read(ids, tail), self._last))
         if segment.positions.stop > self.config.max_context:
             self._check([segment])
         kept: torch.Tensor | None = None

@@ -1,13 +1,15 @@
 """Layer-major prefill: all rows of a long prompt go through a layer before the next one is touched.
 
 So each layer's experts are read once per prompt, and an expert multiplies all of its rows together.
-Attention goes piece by piece, hidden states are bounded. Nothing is committed to the cache here: a
-prompt that is cancelled or fails leaves it as it was. Called by `model`, which chooses the prompts.
+Attention goes piece by piece, hidden states are bounded, and lie where the layer does: they move
+once where that changes. Nothing is committed to the cache here: a prompt that is cancelled or fails
+leaves it as it was. Called by `model`, which chooses the prompts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeAlias
@@ -17,6 +19,7 @@ import torch
 from mimo_local import ops
 from mimo_local.cache import KVCache
 from mimo_local.config import Attention as Kind
+from mimo_local.device import HOST, free_memory, moved
 from mimo_local.errors import CancelledError
 from mimo_local.events import Progress
 from mimo_local.experts.memory import available_memory
@@ -52,13 +55,23 @@ class Room:
         most = max(LEAST_ROWS, 2 * budget // (2 * one + ids))
         return cls(-(-rows // most), True)
 
+    def on_device(self, rows: int, hidden_size: int, top_k: int, budget: int) -> Room:
+        """With layers on a device that gives `budget` bytes: as many passes as both sides need.
+
+        There a row is hidden and mixed in float32, normed in bfloat16, and what sorts its choices
+        (48 bytes each). It cannot be spilled.
+        """
+        row = 10 * hidden_size + 48 * top_k
+        most = max(LEAST_ROWS, budget // row)
+        return Room(max(self.passes, -(-rows // most)), self.spilled)
+
 
 @dataclass(frozen=True, slots=True)
 class How:
     """What a caller may choose."""
 
     chunk: int = 512
-    """Rows that go through attention and dense layers at once."""
+    """Rows that go through attention and dense layers at once on the host."""
     budget: int | None = None
     """Bytes of hidden states, see `Room.plan`; None: a quarter of the memory that is free."""
     folder: Path | None = None
@@ -66,6 +79,10 @@ class How:
     whole: bool = False
     """Whether the last layer runs for all rows, of which nobody needs more than the last: for
     measuring a few layers that stand for many."""
+    device_chunk: int = 2048
+    """`chunk` on a device: it fills with more, and a chunk is a hundred launches."""
+    device_budget: int | None = None
+    """`budget` of a device's memory, see `Room.on_device`; None: half of what is free there."""
 
 
 class Reader:
@@ -84,8 +101,7 @@ class Reader:
     ) -> None:
         self.layers, self.embedding, self.ropes = layers, embedding, ropes
         self.cache, self.how, self.cancel = cache, how, cancel
-        self.config, self.device = layers[0].config, layers[0].input_norm.device
-        self.on_progress = on_progress
+        self.config, self.on_progress = layers[0].config, on_progress
 
     @torch.inference_mode()
     def read(self, ids: torch.Tensor, tail: int = 1) -> torch.Tensor:
@@ -96,11 +112,8 @@ class Reader:
         The cache has the rows of every finished pass afterwards. Raises CancelledError,
         DiskSpaceError, UsageError.
         """
-        budget = available_memory() // 4 if self.how.budget is None else self.how.budget
         n = ids.shape[0]
-        room = Room.plan(n, self.config.hidden_size, self.config.experts_per_token, budget)
-        if self.device.type != "cpu":
-            room = Room(room.passes, False)
+        room = self._room(n)
         meter = _Meter(n, room.passes, self._costs(), self.on_progress)
         self.cache.reserve(n)
         hidden = None
@@ -113,6 +126,19 @@ class Reader:
                 meter.committed(b)
         assert hidden is not None
         return hidden
+
+    def _room(self, n: int) -> Room:
+        """For n rows; of a side that no layer is on, nothing is asked."""
+        config, how, found = self.config, self.how, Room(1, False)
+        shape = config.hidden_size, config.experts_per_token
+        if any(layer.device is None for layer in self.layers):
+            budget = available_memory() // 4 if how.budget is None else how.budget
+            found = Room.plan(n, *shape, budget)
+        for device in {layer.device for layer in self.layers} - {None}:
+            assert device is not None
+            given = how.device_budget
+            found = found.on_device(n, *shape, free_memory(device) // 2 if given is None else given)
+        return found
 
     def _costs(self) -> list[tuple[float, float]]:
         """Multiply-adds of a row by layer: attention's products, and those of MLP or experts."""
@@ -137,37 +163,67 @@ class _Pass:
     ) -> None:
         """`tail`: how many of its last rows somebody wants: 0 unless the prompt ends here."""
         self.reader, self.ids, self.tail, self.meter = reader, ids, tail, meter
-        config, device = reader.config, reader.device
-        n, d, k = ids.shape[0], config.hidden_size, config.experts_per_token
-        self.normed = torch.empty((n, d), device=device)
-        self.chosen = torch.empty((n, k), dtype=torch.int32, device=device)
-        self.weights = torch.empty((n, k), device=device)
+        self.spilled = spilled
         self.mixed: torch.Tensor | None = None
         """What the experts of the layer before made of `normed`: still to be added."""
         self.fresh = True
         """Whether the rows are still to be looked up."""
-        most = min(n, reader.how.chunk)
+        self.open = ExitStack()
+        self._settle(reader.layers[0])
+
+    def _settle(self, layer: Layer) -> None:
+        """Take the memory of a pass where `layer` is."""
+        config, how, n = self.reader.config, self.reader.how, self.ids.shape[0]
+        d, k, device = config.hidden_size, config.experts_per_token, layer.device
+        self.device, self.chunk = device, how.chunk if device is None else how.device_chunk
+        where = HOST if device is None else device
+        self.normed = torch.empty((n, d), dtype=layer.dtype, device=where)
+        self.chosen = torch.empty((n, k), dtype=torch.int32, device=where)
+        self.weights = torch.empty((n, k), device=where)
         self.hidden: Hidden = (
-            Spilled(n, d, most, reader.how.folder) if spilled else InMemory(n, d, device)
+            Spilled(n, d, min(n, self.chunk), how.folder)
+            if self.spilled and device is None
+            else InMemory(n, d, where)
         )
+        self.open.enter_context(self.hidden)
+
+    def _enter(self, layer: Layer) -> None:
+        """Rows go where `layer` is, if they are elsewhere."""
+        if layer.device == self.device:
+            return
+        old, mixed, chunk, n = self.hidden, self.mixed, self.chunk, self.ids.shape[0]
+        with self.open:
+            self.open = ExitStack()
+            self._settle(layer)
+            for a, b in pieces(0 if self.fresh else n, min(chunk, self.chunk)):
+                x = old.read(a, b) if mixed is None else old.read(a, b).add_(mixed[a:b])
+                here = self.hidden.blank(a, b)
+                self.hidden.write(a, here.copy_(moved(x, self.device)))
+        self.mixed = None
 
     def run(self) -> torch.Tensor | None:
         """Hidden (tail, D) of the last rows, if any are wanted."""
+        try:
+            return self._through()
+        finally:
+            self.open.close()
+
+    def _through(self) -> torch.Tensor | None:
         layers, n = self.reader.layers, self.ids.shape[0]
-        with self.hidden:
-            for layer in layers if self.reader.how.whole else layers[:-1]:
-                self._layer(layer)
-            if self.reader.how.whole:
-                return self._rows(n - self.tail, n).clone() if self.tail else None
-            before = self._before_last() if self.tail > 1 else None
-            # Of the last layer nobody needs more than keys and values, and its last row.
-            for a, b, x, step in self._chunks(n - 1 if self.tail else n):
-                layers[-1].remember(x, step)
-                self.meter.add(b - a, layers[-1], attention=True)
-            if not self.tail:
-                return None
-            last = layers[-1](self._rows(n - 1, n), self._step(n - 1, n), None)
-            return last.clone() if before is None else torch.cat([before, last])
+        for layer in layers if self.reader.how.whole else layers[:-1]:
+            self._layer(layer)
+        if self.reader.how.whole:
+            return self._rows(n - self.tail, n).clone() if self.tail else None
+        self._enter(layers[-1])
+        before = self._before_last() if self.tail > 1 else None
+        # Of the last layer nobody needs more than keys and values, and its last row.
+        for a, b, x, step in self._chunks(n - 1 if self.tail else n):
+            layers[-1].remember(x, step)
+            self.meter.add(b - a, layers[-1], attention=True)
+        if not self.tail:
+            return None
+        last = layers[-1](self._rows(n - 1, n), self._step(n - 1, n), None)
+        return last.clone() if before is None else torch.cat([before, last])
 
     def _before_last(self) -> torch.Tensor:
         """Hidden (tail - 1, D) before the last row, whose own bits are not to depend on them.
@@ -181,11 +237,12 @@ class _Pass:
         self.mixed = None
         for _, _, x, step in self._chunks(first):
             layer.remember(x, step)
-        parts = pieces(self.tail - 1, self.reader.how.chunk)
+        parts = pieces(self.tail - 1, self.chunk)
         x = torch.cat([self._rows(first + a, first + b) for a, b in parts])
         return layer(x, self._step(first, n - 1), None)
 
     def _layer(self, layer: Layer) -> None:
+        self._enter(layer)
         for a, b, x, step in self._chunks(self.ids.shape[0]):
             layer.attend(x, step)
             if isinstance(layer.mlp, MoE):
@@ -203,7 +260,9 @@ class _Pass:
         """All experts that were chosen, each of them once."""
         self._ask()
         part, n, asked = layer.moe, self.ids.shape[0], self.reader.cancel
-        touched = int(torch.bincount(self.chosen.flatten()).count_nonzero())
+        touched = min(self.reader.config.n_experts, self.chosen.numel())
+        if layer.device is None:  # a device would have to be waited for
+            touched = int(torch.bincount(self.chosen.flatten()).count_nonzero())
         done = 0
 
         def between() -> bool:
@@ -222,13 +281,14 @@ class _Pass:
 
     def _chunks(self, n: int) -> Iterator[tuple[int, int, torch.Tensor, Step]]:
         """The first n rows in pieces, each as (first, end, rows, step)."""
-        for a, b in pieces(n, self.reader.how.chunk):
+        for a, b in pieces(n, self.chunk):
             self._ask()
             yield a, b, self._rows(a, b), self._step(a, b)
 
     def _rows(self, a: int, b: int) -> torch.Tensor:
         if self.fresh:
-            return self.hidden.blank(a, b).copy_(self.reader.embedding.rows(self.ids[a:b]))
+            rows = moved(self.reader.embedding.rows(self.ids[a:b]), self.device)
+            return self.hidden.blank(a, b).copy_(rows)
         x = self.hidden.read(a, b)
         return x if self.mixed is None else x.add_(self.mixed[a:b])
 

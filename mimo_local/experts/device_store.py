@@ -9,7 +9,7 @@ is the inner store's to know. Built by `loading`, called by the model.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Mapping
 from functools import partial
 from typing import Final
 
@@ -17,6 +17,7 @@ import torch
 
 from mimo_local import kernels
 from mimo_local.device import Mark, host_buffer
+from mimo_local.experts.device_sweep import DeviceSweep
 from mimo_local.experts.store import Store, Watcher
 from mimo_local.experts.vram import VramTier
 from mimo_local.weights import Expert
@@ -30,10 +31,19 @@ class DeviceStore(Store):
     """What mixture layers on a device see; `host` is the store of those that are not."""
 
     def __init__(
-        self, inner: Store, vram: VramTier | None, device: torch.device | str, layers: list[int]
+        self,
+        inner: Store,
+        vram: VramTier | None,
+        device: torch.device | str,
+        layers: list[int],
+        prompts: DeviceSweep | None = None,
     ) -> None:
-        """`inner`: the host's store, `layers`: those with experts, all or some on `device`."""
+        """`inner`: the host's store, `layers`: those with experts, all or some on `device`.
+
+        `prompts`: multiplies those of long prompts; None: the inner store does.
+        """
         self.inner, self.vram, self.device = inner, vram, torch.device(device)
+        self.prompts = prompts
         self.meters = inner.meters
         self._first = min(layers)
         self._sent: _Letter | None = None
@@ -130,10 +140,27 @@ class DeviceStore(Store):
         cancel: Callable[[], bool] | None = None,
     ) -> torch.Tensor:
         """As `Store.sweep`, all on the device."""
+        if self.prompts is not None:
+            if self._watcher is not None:
+                self._watcher(layer, ids.to("cpu", torch.int32))
+            return self.prompts.run(layer, x, ids, w, cancel=cancel)
         return self._on_the_host(partial(self.inner.sweep, cancel=cancel), layer, x, ids, w)
 
+    @property
+    def lends(self) -> int:
+        """As many as the inner store."""
+        return self.inner.lends
+
+    def stream(
+        self, layer: int, wanted: Mapping[int, int], *, held: int = 1, slots: int = 1
+    ) -> Generator[tuple[int, Expert], None, None]:
+        """The inner store's."""
+        return self.inner.stream(layer, wanted, held=held, slots=slots)
+
     def close(self) -> None:
-        """The inner store's threads and files, and what is on its way to VRAM."""
+        """The threads of prompts, the inner store's, its files, and what is on its way to VRAM."""
+        if self.prompts is not None:
+            self.prompts.close()
         self.inner.close()
         if self.vram is not None:
             self.vram.close()

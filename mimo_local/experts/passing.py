@@ -7,7 +7,7 @@ experts' bytes are all it takes. Called by `mimo_local.fidelity`.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from functools import partial
 
@@ -81,6 +81,14 @@ class PassingStore(Store):
                 self._add(out, expert, e, x, ids, w)
                 self.on_expert((i + 1) / len(chosen))
         return out
+
+    def stream(
+        self, layer: int, wanted: Mapping[int, int], *, held: int = 1, slots: int = 1
+    ) -> Generator[tuple[int, Expert], None, None]:
+        """Each in memory of its own."""
+        tasks = (partial(self._load, layer, e) for e in sorted(wanted))
+        with closing(ahead(tasks, AHEAD)) as loaded:
+            yield from zip(sorted(wanted), loaded, strict=True)
 
     def _load(self, layer: int, e: int, _: Scratch) -> Expert:
         return self.weights.expert(layer, e)

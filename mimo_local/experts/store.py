@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Final, TypeAlias
 
 import torch
@@ -114,6 +114,22 @@ class Store(ABC):
         `cancel` is asked between experts; CancelledError when it says so.
         """
 
+    @property
+    def lends(self) -> int:
+        """Experts all streams together may hold and read ahead."""
+        return 1 << 20
+
+    @abstractmethod
+    def stream(
+        self, layer: int, wanted: Mapping[int, int], *, held: int = 1, slots: int = 1
+    ) -> Generator[tuple[int, Expert], None, None]:
+        """(expert, its matrices) of all in `wanted` (expert -> rows it has), ascending, read once.
+
+        For who computes elsewhere. An expert's bytes are good until `held` more have been asked
+        for, and no other step may run while they are in use. `slots` of `lends`, `held` or more,
+        are this stream's. Close it to stop early. PackError if an expert cannot be read.
+        """
+
     def close(self) -> None:  # noqa: B027
         """Let go of threads and files; the store cannot be used afterwards."""
 
@@ -202,6 +218,14 @@ class ExpertStore(Store):
                 mine.data_ptr(), w.data_ptr(), ids.shape[1], out.data_ptr(), d, 1,
             )  # fmt: skip
         return out
+
+    def stream(
+        self, layer: int, wanted: Mapping[int, int], *, held: int = 1, slots: int = 1
+    ) -> Generator[tuple[int, Expert], None, None]:
+        """They are all there, and stay."""
+        experts = self.ram.get(layer)
+        for e in sorted(wanted):
+            yield e, experts[e]
 
     def mlps(self, layer: int) -> tuple[ctypes.Array[kernels.Mlp], object]:
         """Addresses of the experts of one layer, and their owner."""

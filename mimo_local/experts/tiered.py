@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Final
@@ -19,6 +19,7 @@ import torch
 
 from mimo_local import kernels
 from mimo_local.experts.disk import DiskTier, Read
+from mimo_local.experts.lending import Loan
 from mimo_local.experts.meters import Meters
 from mimo_local.experts.policy import AgedFrequency, ExpertPolicy, Key, PerLayer
 from mimo_local.experts.prefetch import Trial
@@ -165,6 +166,18 @@ class TieredStore(Store):
             self.meters.disk_bytes = self.disk.bytes_read
             others = self._stepped - stepped
             self.meters.sweep_bytes += self.disk.bytes_read - before - others
+
+    @property
+    def lends(self) -> int:
+        """Half of the ring: other steps may come between two experts."""
+        return self.ram.ring_slots // 2
+
+    def stream(
+        self, layer: int, wanted: Mapping[int, int], *, held: int = 1, slots: int = 1
+    ) -> Generator[tuple[int, Expert], None, None]:
+        """What is read is not kept where it would push something out."""
+        self._heed_pressure()
+        return Loan(self, layer, wanted, held, slots).items()
 
     # ---- guesses ---------------------------------------------------------------------------------
 
