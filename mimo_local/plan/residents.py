@@ -74,8 +74,8 @@ class OnDevice:
 
 
 def hidden_bytes(config: ModelConfig, rows: int) -> int:
-    """Hidden states and what experts made of them in float32, normed rows in bfloat16; choices."""
-    return rows * (10 * config.hidden_size + 40 * config.experts_per_token)
+    """Hidden states, normed rows and what experts made of them in float32; choices, sorted too."""
+    return rows * (12 * config.hidden_size + 40 * config.experts_per_token)
 
 
 def work_bytes(config: ModelConfig, context: int, kv_itemsize: int = 2) -> int:
