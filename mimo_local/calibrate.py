@@ -146,14 +146,19 @@ def _experts_alone(
     import torch
 
     from mimo_local import ops
+    from mimo_local.device import moved
 
-    x = torch.randn(1, runner.model.config.hidden_size)
+    config, devices = runner.model.config, runner.model.devices
+    x = torch.randn(1, config.hidden_size)
     seconds = 0.0
     for layer, ids in chosen:
+        device = devices.of(devices.layers[layer])
+        asked = store if device is not None else store.host
         w = torch.full(ids.shape, 1 / ids.shape[1])
+        there = [moved(part, device) for part in (x, ids, w)]
         with ops.threads_for(1), torch.inference_mode():
             start = clock()
-            store.run(layer, x, ids, w)
+            moved(asked.run(layer, *there), None)  # waits for a device
             seconds += clock() - start
     return seconds
 
@@ -171,40 +176,59 @@ def solve(runner: ModelRunner, plan: Plan, found: Timings, prompt: int) -> Calib
     config, sizes = runner.model.config, plan.sizes
     again, experts = statistics.median(found.again), statistics.median(found.experts)
     experts = min(experts, 0.95 * again)  # alone they may be slower by a wake-up per layer
-    resident = again - experts
-    picks = config.experts_per_token * prediction.moe_layers(config) if sizes.experts else 0
+    wanted = found.spent.wanted
+    in_vram = found.spent.vram_hits / wanted if wanted else 0.0
+    picks = config.experts_per_token * prediction.moe_layers(config) * (1 - in_vram)
+    picks = picks if sizes.experts else 0.0
     assumed = rates_of(plan.budget, plan.placement)
     ram = picks * sizes.expert / experts if picks and experts > 0 else assumed.ram
-    in_ram = prediction.resident_bytes(config, plan.placement, found.depth)[1]
-    # What memory does not explain is overhead; if memory is faster than for experts, there is none.
-    layer_s = max(0.0, (resident - in_ram / ram) / config.n_layers) if picks else 0.0
-    rest = in_ram / (resident - config.n_layers * layer_s)
-    wanted = found.spent.wanted
+    reached = _rest(config, plan, found.depth, again - experts, replace(assumed, ram=ram))
     missed = (found.spent.misses + found.spent.staged_hits) / wanted if wanted else 0.0
     first = statistics.fmean(found.first)
-    flops = prediction.prompt_flops(config, prompt)
-    reached = replace(assumed, ram=ram, rest=rest)
     computed = found.prompt_s - found.prompt_wait_s
     computed -= sum(prediction.memory_s(config, sizes, plan.placement, reached, prompt))
+    flops = prediction.prompt_flops(config, prompt)
+    flops /= max(computed, 0.1 * found.prompt_s, 1e-9)
+    there = plan.device.layers == config.n_layers
     made = Calibration(
         when=datetime.now(UTC).date().isoformat(),
         tokens=len(found.first),
         prompt=prompt,
-        resident_s=resident,
+        resident_s=again - experts,
         expert_s=experts,
         wait_s=max(0.0, first - statistics.fmean(found.again)) if missed else 0.0,
         ram_rate=ram,
-        rest_rate=rest,
-        layer_s=layer_s,
-        flops=flops / max(computed, 0.1 * found.prompt_s, 1e-9),
+        rest_rate=reached.rest,
+        layer_s=reached.layer_s,
+        # A prompt on a GPU says nothing about the processor.
+        flops=assumed.cpu_flops if plan.device.layers else flops,
+        vram_rate=reached.vram if there else None,
+        device_layer_s=reached.device_layer_s if there else None,
     )
     if not missed or made.wait_s <= 0:
         return made
-    in_vram = found.spent.vram_hits / wanted
     rate = disk_rate(config, sizes, assumed, made, in_vram, missed)
     k = config.experts_per_token
     reads = k * missed / (1 - (1 - missed) ** k)
     return made if rate is None else replace(made, disk_rate=rate, reads=reads)
+
+
+def _rest(config: ModelConfig, plan: Plan, depth: int, seconds: float, assumed: Rates) -> Rates:
+    """`assumed` with what everything but experts showed: where all or most of it was computed.
+
+    What memory does not explain is overhead; if memory is faster than assumed, there is none.
+    """
+    in_vram, in_ram = prediction.resident_bytes(config, plan.placement, depth)
+    there, layers = plan.device.layers, config.n_layers
+    if there == layers:
+        each = max(0.0, (seconds - in_vram / assumed.vram - in_ram / assumed.ram) / layers)
+        rate = in_vram / max(seconds - layers * each - in_ram / assumed.ram, 0.05 * seconds)
+        return replace(assumed, vram=rate, device_layer_s=each)
+    on_device = in_vram / assumed.vram + there * assumed.device_layer_s
+    seconds = max(seconds - on_device, 0.05 * seconds)
+    # Without experts there is no other rate of this memory to tell the two apart.
+    each = max(0.0, seconds - in_ram / assumed.ram) if plan.sizes.experts else 0.0
+    return replace(assumed, rest=in_ram / (seconds - each), layer_s=each / (layers - there))
 
 
 def disk_rate(

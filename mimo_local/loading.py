@@ -6,27 +6,32 @@ Only `Engine.load` calls it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import torch
 
-from mimo_local import hardware, kernels
+from mimo_local import hardware, kernels, placing
 from mimo_local.cache import KVCache
 from mimo_local.config import ModelConfig
+from mimo_local.device import Devices
 from mimo_local.errors import NotEnoughMemoryError, UsageError
 from mimo_local.events import Progress
+from mimo_local.experts.device_store import DeviceStore
 from mimo_local.experts.memory import available_memory
 from mimo_local.experts.opening import open_store
 from mimo_local.experts.store import Store
+from mimo_local.experts.vram import VramTier
 from mimo_local.model import Model
 from mimo_local.mtp import Drafter
-from mimo_local.plan import Plan, here, plan
+from mimo_local.placing import Placed
+from mimo_local.plan import Plan, here
 from mimo_local.runs import Recorder
 from mimo_local.settings import Paths, Settings
-from mimo_local.sizes import PackSizes, activation_bytes, kv_bytes, restart_bytes
+from mimo_local.sizes import GB, activation_bytes, gb, kv_bytes, restart_bytes
 from mimo_local.tokenizer import Tokenizer
 from mimo_local.weights import PackWeights, Weights, open_weights
 
@@ -71,22 +76,21 @@ def load(settings: Settings, on_event: Callable[[Progress], None] | None = None)
     has_tokenizer = (path / "tokenizer.json").is_file()
     tokenizer = Tokenizer.from_dir(path) if has_tokenizer else None
     dtype = kv_dtype(settings.kv_dtype, weights.kind)
-    made = None
-    if isinstance(weights, PackWeights):
-        made = make_plan(path, weights, settings, dtype)
-    experts = open_store(
-        weights,
-        ram=settings.ram,
-        spare=spare(weights.config, settings.context, dtype) if made is None else made.spare_bytes,
-        prefetch=settings.prefetch,
-        on_progress=on_event,
-    )
-    hidden = None if made is None else made.hidden_budget_bytes
-    model = Model(weights, experts, hidden_budget=hidden, on_progress=on_event)
-
-    drafter = None
-    if weights.config.n_mtp_layers and settings.draft != "off" and (made is None or made.drafts):
-        drafter = Drafter(weights, model)
+    placed = placing.place(path, weights, settings, dtype)
+    made = placed.plan
+    with told_of_vram(made):
+        experts = open_experts(weights, placed, settings, dtype, on_event)
+        model = Model(
+            weights,
+            experts,
+            devices=placed.devices,
+            hidden_budget=prompt_budget(weights.config, made),
+            on_progress=on_event,
+        )
+        drafter = None
+        wanted = weights.config.n_mtp_layers and settings.draft != "off"
+        if wanted and (made is None or made.drafts):
+            drafter = Drafter(weights, model)
 
     def new_cache() -> KVCache:
         cache = model.new_cache(dtype=dtype)
@@ -94,15 +98,17 @@ def load(settings: Settings, on_event: Callable[[Progress], None] | None = None)
             cache.draft = drafter.new_cache(dtype, cache.slack)
         return cache
 
-    limit = context_limit(weights.config, settings.context if made is None else made.context, dtype)
+    wish = settings.context if made is None else made.context
+    there = 0 if made is None else made.device.kv
+    limit = context_limit(weights.config, wish, dtype, elsewhere=there)
     return Loaded(
         model=model,
         name=path.resolve().name,
-        description=describe(path, weights),
+        description=describe(path, weights, placed.note),
         context_limit=limit,
         tokenizer=tokenizer,
         new_cache=new_cache,
-        kernel=kernels.describe(),
+        kernel=kernel_of(placed.devices),
         drafter=drafter,
         plan=made,
         recorder=None if made is None else new_recorder(path, weights.config, made, experts),
@@ -112,24 +118,65 @@ def load(settings: Settings, on_event: Callable[[Progress], None] | None = None)
     )
 
 
-def make_plan(path: Path, weights: PackWeights, settings: Settings, dtype: torch.dtype) -> Plan:
-    """Where a pack's bytes go in the memory that is free now, and what to expect of that."""
-    data, facts = Paths.default().data_dir, hardware.detect(path)
-    known = here.calibration_of(data, here.machine_key(facts), here.model_key(path))
-    wish, most = settings.context, weights.config.max_context
-    return plan(
-        weights.config,
-        PackSizes.of_pack(weights.pack.manifest),
-        here.free_now(facts, known, limit=settings.ram, vram=vram(settings.vram)),
-        context=None if wish is None else min(wish, most),
-        kv_itemsize=dtype.itemsize,
-        drafting=settings.draft,
+def open_experts(
+    weights: PackWeights | Weights,
+    placed: Placed,
+    settings: Settings,
+    dtype: torch.dtype,
+    on_event: Callable[[Progress], None] | None,
+) -> Store:
+    """The host's experts, and before them those of a device if layers run there."""
+    made, device, tier = placed.plan, placed.devices.accelerator, None
+    layers = list[int]()
+    if device is not None and made is not None and isinstance(weights, PackWeights):
+        layers = [n for n in weights.pack.expert_layers if placed.devices.layers[n] == device]
+        if layers and made.expert_vram_bytes:
+            # Before the experts in RAM, which take minutes: it shows whether the VRAM is there.
+            layouts = {n: weights.pack.expert_layout(n) for n in layers}
+            tier = VramTier(layouts, made.expert_vram_bytes, device)
+    inner = open_store(
+        weights,
+        ram=settings.ram,
+        spare=spare(weights.config, settings.context, dtype) if made is None else made.spare_bytes,
+        elsewhere=0 if made is None else made.elsewhere_bytes,
+        prefetch=settings.prefetch,
+        on_progress=on_event,
     )
+    return inner if device is None or not layers else DeviceStore(inner, tier, device, layers)
 
 
-def vram(wish: int | None) -> int | None:
-    """Most bytes of a GPU's memory to use: 0 where torch can use none; None: what is free."""
-    return wish if torch.cuda.is_available() else 0
+@contextmanager
+def told_of_vram(made: Plan | None) -> Iterator[None]:
+    """What does not fit into a GPU's memory as an error of ours: somebody else took some."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one, and pinned memory has no other
+        if made is None or not made.device.layers or "out of memory" not in str(error).lower():
+            raise
+        most = max(0, made.budget.vram - 2 * GB) // GB
+        raise NotEnoughMemoryError(
+            f"the GPU's memory ran out while the model was loaded: {gb(made.vram_bytes)} of "
+            f"{gb(made.budget.vram)} that were free were planned",
+            hint=f"give it less with `--vram {most}GB` or a smaller --context; `--device cpu` goes "
+            "without",
+        ) from error
+
+
+def prompt_budget(config: ModelConfig, made: Plan | None) -> int | None:
+    """Bytes of a long prompt's hidden states, see `prefill.How`.
+
+    On a device they do not spill: what `prefill.Room` cuts into passes of as many rows as planned.
+    """
+    if made is None or not made.device.layers:
+        return None if made is None else made.hidden_budget_bytes
+    row = 2 * 4 * config.hidden_size + 8 * config.experts_per_token
+    return (made.device.rows * row + 1) // 2
+
+
+def kernel_of(devices: Devices) -> str:
+    """What products run on, for people: `avx512`, `cuda + avx512`."""
+    device = devices.accelerator
+    return kernels.describe() if device is None else f"{device.type} + {kernels.describe()}"
 
 
 def new_recorder(path: Path, config: ModelConfig, made: Plan, experts: Store) -> Recorder:
@@ -168,12 +215,17 @@ def kv_dtype(wish: str, kind: str) -> torch.dtype:
     return {"f32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}[wish]
 
 
-def context_limit(config: ModelConfig, wish: int | None, dtype: torch.dtype) -> int:
-    """Most tokens of a session: as wished, else as fits; never more than the model can."""
+def context_limit(
+    config: ModelConfig, wish: int | None, dtype: torch.dtype, *, elsewhere: int = 0
+) -> int:
+    """Most tokens of a session: as wished, else as fits; never more than the model can.
+
+    `elsewhere`: bytes of keys and values that lie on a device and take no RAM.
+    """
     free = available_memory()
     if wish is not None:
         limit = min(wish, config.max_context)
-        need = kv_bytes(config, limit, dtype.itemsize)
+        need = kv_bytes(config, limit, dtype.itemsize) - elsewhere
         if need > free:
             raise NotEnoughMemoryError(
                 f"a context of {limit} tokens takes {need / 1e9:.2f} GB and {free / 1e9:.2f} GB "
@@ -190,8 +242,8 @@ def context_limit(config: ModelConfig, wish: int | None, dtype: torch.dtype) -> 
     return limit
 
 
-def describe(path: Path, weights: PackWeights | Weights) -> str:
-    """One line for people: what it is, how large, in which formats, on which kernels."""
+def describe(path: Path, weights: PackWeights | Weights, note: str = "") -> str:
+    """One line for people: what it is, how large, in which formats, on which kernels; a GPU's."""
     config = weights.config
     kind = "checkpoint"
     if isinstance(weights, PackWeights):
@@ -207,4 +259,5 @@ def describe(path: Path, weights: PackWeights | Weights) -> str:
     return (
         f"{path.resolve().name}: {config.n_layers} layers{experts}, "
         f"{weights.nbytes / 1e9:.2f} GB, {kind}, {kernels.describe()} kernels"
+        + (f"; {note}" if note else "")
     )

@@ -23,7 +23,7 @@ from mimo_local.plan import Plan, here, plan
 from mimo_local.plan.planner import gains
 from mimo_local.settings import Paths, Settings
 from mimo_local.sizes import PackSizes, layer_kv_bytes, layer_spare_bytes
-from mimo_local.weights import PackWeights, shapes
+from mimo_local.weights import PackWeights, Weights, shapes
 from quant.inventory import layer_of, role_of
 from quant.on_device import parts_there
 
@@ -51,23 +51,33 @@ class Card:
 class Placed:
     """Who computes what, and what people should know about it."""
 
-    plan: Plan
     devices: Devices
-    note: str
+    plan: Plan | None = None
+    """None for a checkpoint."""
+    note: str = ""
     """One line without a full stop; empty where there is no GPU and nobody asked for one."""
 
 
-def place(path: Path, weights: PackWeights, settings: Settings, dtype: torch.dtype) -> Placed:
+def place(
+    path: Path, weights: PackWeights | Weights, settings: Settings, dtype: torch.dtype
+) -> Placed:
     """Plan a pack for the memory that is free now, on a GPU if that is wished and gains.
 
     `dtype`: of keys and values. UsageError where the settings ask for a GPU that cannot be used.
     """
     config, facts = weights.config, hardware.detect(path)
     host = Devices.all_on(HOST, config.n_layers)
+    if not isinstance(weights, PackWeights):
+        if settings.device == "cuda":
+            raise UsageError(
+                "device = cuda, but a checkpoint runs on the CPU",
+                hint="make a pack of it with `mimo quantize`",
+            )
+        return Placed(host)
     card, why = find_card(settings)
     without = make_plan(path, weights, settings, dtype, facts)
     if card is None:
-        return Placed(without, host, f"GPU not used: {why}" if why else "")
+        return Placed(host, without, f"GPU not used: {why}" if why else "")
     found = make_plan(path, weights, settings, dtype, facts, card)
     if not found.device.layers:
         need = "not even one layer fits into what is free of its memory"
@@ -76,11 +86,11 @@ def place(path: Path, weights: PackWeights, settings: Settings, dtype: torch.dty
                 f"device = cuda, but {need}",
                 hint="close what else uses the GPU, use a smaller --context, or `--device auto`",
             )
-        return Placed(without, host, f"GPU not used: {need}")
+        return Placed(host, without, f"GPU not used: {need}")
     if settings.device == "auto" and not gains(config, found, without):
-        return Placed(without, host, "GPU not used: slower for this model (`--device cuda` does)")
+        return Placed(host, without, "GPU not used: slower for this model (`--device cuda` does)")
     mapped = map_layers(weights, found, card.device)
-    return Placed(found, mapped, describe(found, mapped, card))
+    return Placed(mapped, found, describe(found, mapped, card))
 
 
 def make_plan(

@@ -13,6 +13,7 @@ import pytest
 from mimo_local import sizes as counting
 from mimo_local.calibrate import PROMPT, TOKENS, Timings, calibrate, solve
 from mimo_local.config import ModelConfig
+from mimo_local.device import HOST, Devices
 from mimo_local.errors import UsageError
 from mimo_local.experts.meters import Meters
 from mimo_local.hardware import Gpu, Hardware
@@ -35,7 +36,7 @@ class FakeRunner:
     """A model whose time is made of known rates, on a clock of its own."""
 
     def __init__(self, made: Plan, *, missed: float = 0.4, disk: float = 3e9) -> None:
-        self.model = SimpleNamespace(config=REAL)
+        self.model = SimpleNamespace(config=REAL, devices=Devices.all_on(HOST, REAL.n_layers))
         self.vocab_size, self.max_context = 1000, 100_000
         self.meters, self.cache = Meters(), self
         self.time, self.length, self.seen = 0.0, 0, -1
@@ -76,8 +77,13 @@ class FakeRunner:
     def watch(self, watcher: Any) -> None:
         self.watcher = watcher
 
-    def run(self, layer: int, *_: Any) -> None:
+    @property
+    def host(self) -> FakeRunner:
+        return self
+
+    def run(self, layer: int, x: Any, *_: Any) -> Any:
         self.time += self.run_s / 47
+        return x
 
     def clock(self) -> float:
         return self.time
@@ -119,6 +125,44 @@ def test_a_plan_with_the_calibration_predicts_the_measured_token() -> None:
     token = forecast(REAL, again, tokens=PROMPT, depth=PROMPT + 16).decode[0]
     assert token.resident_s == pytest.approx(0.2, rel=1e-3)
     assert token.expert_s == pytest.approx(found.expert_s, rel=1e-3)
+
+
+@pytest.mark.parametrize(("vram", "resident"), [(24, 0.015), (24, 0.004), (8, 0.1), (8, 0.01)])
+def test_what_a_gpu_showed_is_predicted_again(vram: int, resident: float) -> None:
+    made = plan(REAL, None, Budget(ram=64 * GB, vram=vram * GB, disk=500 * GB))
+    runner = FakeRunner(made)
+    timings = Timings(first=[0.3] * 3, again=[0.17 + resident] * 3, experts=[0.17] * 3, depth=520)
+    timings.prompt_s = 5.0
+    timings.spent.vram_hits, timings.spent.ram_hits = 30, 346
+    found = solve(runner, made, timings, 512)  # type: ignore[arg-type]
+    assert (found.vram_rate is not None) == (vram == 24)
+    assert found.layer_s >= 0 and (found.device_layer_s or 0.0) >= 0
+    assert found.flops == rates_of(made.budget, made.placement).cpu_flops
+    again = plan(REAL, None, dataclasses.replace(made.budget, calibration=found))
+    token = forecast(REAL, again, tokens=512, depth=520).decode[0]
+    if (vram, resident) == (8, 0.01):  # less than the GPU's part is assumed to take
+        assert token.resident_s < 0.03
+    else:
+        least = 0.05 * (0.17 + resident)  # experts alone may take longer than within a step
+        assert token.resident_s == pytest.approx(max(resident, least), rel=1e-3)
+    lines = " ".join(again.assumptions)
+    assert lines.count("(calibrated") >= 1
+    assert ("TFLOP/s in long prompts (like an RTX 4090), 200 us" in lines) == (vram == 8)
+
+
+def test_calibrations_of_before_a_gpu_was_measured_still_count(tmp_path: Path) -> None:
+    path = here.keep_calibration(tmp_path, "m", "p", FOUND)
+    data = json.loads(path.read_text())
+    entry = data["calibrations"]["m-p"]
+    assert entry.pop("vram_rate") is None and entry.pop("device_layer_s") is None
+    path.write_text(json.dumps(data))
+    assert here.calibration_of(tmp_path, "m", "p") == FOUND
+    there = dataclasses.replace(FOUND, vram_rate=700e9, device_layer_s=0.0)
+    here.keep_calibration(tmp_path, "m", "p", there)
+    assert here.calibration_of(tmp_path, "m", "p") == there
+    entry["vram_rate"] = "fast"
+    path.write_text(json.dumps(data))
+    assert here.calibration_of(tmp_path, "m", "p") is None
 
 
 @pytest.mark.parametrize("resident", [0.02, 0.2])

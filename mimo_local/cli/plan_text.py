@@ -101,6 +101,12 @@ def calibrated(found: Calibration) -> str:
         f"the rest, {1e6 * found.layer_s:.0f} us a layer besides",
         f"  {found.flops / 1e9:.0f} GFLOP/s in prompts",
     ]
+    if found.vram_rate is not None and found.device_layer_s is not None:
+        each = f"{1e6 * found.device_layer_s:.0f} us a layer besides"
+        lines[2:] = [
+            f"  RAM {found.ram_rate / GB:.1f} GB/s for experts",
+            f"  VRAM {found.vram_rate / GB:.1f} GB/s for the rest, {each}",
+        ]
     if found.disk_rate is not None:
         rate = f"{found.disk_rate / GB:.2f} GB/s"
         lines.append(f"  disk {rate} at {found.reads:.1f} experts in flight")

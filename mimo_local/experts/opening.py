@@ -16,16 +16,18 @@ def open_store(
     *,
     ram: int | None = None,
     spare: int = 0,
+    elsewhere: int = 0,
     prefetch: Prefetch = "auto",
     on_progress: OnProgress | None = None,
 ) -> ExpertStore | TieredStore:
     """The experts of `weights`, loaded whole if that fits.
 
     `ram`: most bytes of memory for the whole model, None: what is free but for a reserve; `spare`:
-    bytes of that for caches and activations. Raises NotEnoughMemoryError: a checkpoint's experts
+    bytes of that for caches and activations; `elsewhere`: bytes of the model that lie on a device
+    instead, experts not counted. Raises NotEnoughMemoryError: a checkpoint's experts
     have to fit whole, a pack needs memory for the rest and a few experts.
     """
-    rest = weights.nbytes - weights.expert_nbytes
+    rest = weights.nbytes - weights.expert_nbytes - elsewhere
     room = available_memory() - reserve() - rest - spare
     if ram is not None:
         room = min(room, ram - rest - spare)

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import tempfile
-from dataclasses import asdict, fields, replace
+from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -112,14 +112,14 @@ def calibration_of(data_dir: Path, machine: str, model: str) -> Calibration | No
     """What was measured with this pack on this machine, if it was."""
     entry = _entries(data_dir / FILE).get(f"{machine}-{model}")
     names = {f.name for f in fields(Calibration)}
-    if not isinstance(entry, dict) or set(entry) != names:
+    needed = {f.name for f in fields(Calibration) if f.default is MISSING}
+    if not isinstance(entry, dict) or not needed <= set(entry) <= names:
         return None
     found = Calibration(**entry)
-    numbers = [v for k, v in entry.items() if k not in ("when", "disk_rate")]
-    numbers += [] if found.disk_rate is None else [found.disk_rate]
+    numbers = [v for k, v in entry.items() if k != "when" and (v is not None or k in needed)]
     if not all(isinstance(v, (int, float)) and v >= 0 for v in numbers):
         return None
-    rates = (found.ram_rate, found.rest_rate, found.flops, found.disk_rate)
+    rates = (found.ram_rate, found.rest_rate, found.flops, found.disk_rate, found.vram_rate)
     return None if 0 in rates else found
 
 

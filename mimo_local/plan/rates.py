@@ -51,6 +51,9 @@ class Calibration:
     """None: nothing was read from disk."""
     reads: float = 0.0
     """Misses of a layer's step that had any, mean: how many reads were in flight."""
+    vram_rate: float | None = None
+    """As `rest_rate`, on a GPU; None: not all layers were there."""
+    device_layer_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,16 +83,21 @@ class Rates:
             return f"{name} {value / GB:.4g} GB/s ({how}), {share:.0%} of it reached"
 
         ram, disk = budget.ram_rate * RAM_EFF, budget.disk_rate * DISK_EFF
-        flops = budget.cores * budget.core_flops
+        vram, flops = budget.vram_rate * VRAM_EFF, budget.cores * budget.core_flops
         rest, layer_s, step_s, lines = ram, LAYER_S, STEP_S, []
+        device_layer_s, there = DEVICE_LAYER_S, found is not None and found.vram_rate is not None
         if found is None:
             lines.append(line("RAM", budget.ram_rate, RAM_EFF, "ram"))
         else:
             ram, rest, flops = found.ram_rate, found.rest_rate, found.flops
             layer_s, step_s = found.layer_s, 0.0
+            vram = vram if found.vram_rate is None else found.vram_rate
+            each = found.device_layer_s
+            device_layer_s = device_layer_s if each is None else each
+            both = f", {rest / GB:.4g} GB/s for the rest, {1e6 * layer_s:.0f} us a layer"
             lines.append(
-                f"RAM {ram / GB:.4g} GB/s for experts, {rest / GB:.4g} GB/s for the rest, "
-                f"{1e6 * layer_s:.0f} us a layer (calibrated {found.when})"
+                f"RAM {ram / GB:.4g} GB/s for experts{'' if there else both} "
+                f"(calibrated {found.when})"
             )
         if found is not None and found.disk_rate is not None:
             disk = found.disk_rate
@@ -100,25 +108,28 @@ class Rates:
         else:
             lines.append(line("disk", budget.disk_rate, DISK_EFF, "disk"))
         if gpu:
-            how = budget.gpu if "gpu" in budget.measured else f"like an {budget.gpu}"
-            for name, rate, share in (
-                ("VRAM", budget.vram_rate, VRAM_EFF),
-                ("PCIe", budget.pcie_rate, PCIE_EFF),
-            ):
-                source = "given" if name.lower() in budget.given else how
-                lines.append(f"{name} {rate / GB:.4g} GB/s ({source}), {share:.0%} of it reached")
-            lines.append(
-                f"GPU {budget.gpu_flops / 1e12:.0f} TFLOP/s in long prompts ({how}), "
-                f"{1e6 * DEVICE_LAYER_S:.0f} us a layer besides (assumed)"
-            )
+            lines += _gpu_lines(budget, vram, device_layer_s)
         if not cpu:
             pass
-        elif found is not None:
+        elif found is not None and not there:
             lines.append(f"{flops / 1e9:.0f} GFLOP/s in prompts (calibrated {found.when})")
         else:
             each = budget.core_flops / 1e9
             lines.append(f"{budget.cores} cores, {each:.0f} GFLOP/s each in prompts (assumed)")
         return cls(
-            ram, rest, disk, budget.vram_rate * VRAM_EFF, budget.pcie_rate * PCIE_EFF,
-            flops, budget.gpu_flops, layer_s, DEVICE_LAYER_S, step_s, tuple(lines),
+            ram, rest, disk, vram, budget.pcie_rate * PCIE_EFF,
+            flops, budget.gpu_flops, layer_s, device_layer_s, step_s, tuple(lines),
         )  # fmt: skip
+
+
+def _gpu_lines(budget: Budget, vram: float, layer_s: float) -> list[str]:
+    """Where a GPU's rates are from; `vram` and `layer_s` as they are reached."""
+    how = budget.gpu if "gpu" in budget.measured else f"like an {budget.gpu}"
+    given = "given" if "vram" in budget.given else how
+    found, each = budget.calibration, f"{1e6 * layer_s:.0f} us a layer"
+    pcie = f"PCIe {budget.pcie_rate / GB:.4g} GB/s ({how}), {PCIE_EFF:.0%} of it reached"
+    flops = f"GPU {budget.gpu_flops / 1e12:.0f} TFLOP/s in long prompts ({how})"
+    if found is not None and found.vram_rate is not None:
+        return [f"VRAM {vram / GB:.4g} GB/s, {each} (calibrated {found.when})", pcie, flops]
+    rate = f"VRAM {budget.vram_rate / GB:.4g} GB/s ({given}), {VRAM_EFF:.0%} of it reached"
+    return [rate, pcie, f"{flops}, {each} besides (assumed)"]

@@ -11,13 +11,7 @@ from dataclasses import dataclass
 
 from mimo_local.config import ModelConfig
 from mimo_local.settings import Draft
-from mimo_local.sizes import (
-    CHUNK,
-    PackSizes,
-    gb,
-    layer_kv_bytes,
-    layer_spare_bytes,
-)
+from mimo_local.sizes import PackSizes, gb, layer_kv_bytes, layer_spare_bytes
 
 VRAM_RESERVE = 2_500_000_000  # CUDA context, workspaces, the desktop's own use
 STREAMS = (
@@ -25,11 +19,14 @@ STREAMS = (
 )
 STAGING = 2  # pinned buffers that experts wanted most come in through (`experts.vram`)
 HIDDEN_SHARE = 8  # at most an eighth of the VRAM goes to hidden states of a prompt
-LEAST_ROWS = CHUNK  # rows of a pass that there is always room for
-UNPACKED = 1 << 25  # weights widened at once (`quant.on_device`)
-BLOCK = 256  # rows of a sliding layer's block of attention (`device_attention`)
+# Sizes of the buffers that `prefill`, `device_attention`, `device_sweep`, `shares` and
+# `quant.on_device` make, which a test compares with these.
+LEAST_ROWS = 256  # of a pass
+CHUNK = 2048  # rows of a prompt that go through attention at once
+BLOCK = 256  # rows of a sliding layer's block of attention
+UNPACKED = 1 << 25  # weights widened at once
+SWEPT, SHARED = 2048, 8192  # rows of an expert at once, rows the processor takes over
 VERIFIED = 4  # rows of a step of one sequence: a token and its drafts
-SWEPT, SHARED = 2048, 8192  # rows of one expert, rows the CPU takes over (`experts.device_sweep`)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,16 +71,22 @@ class OnDevice:
 
 
 def hidden_bytes(config: ModelConfig, rows: int) -> int:
-    """Hidden states and what experts made of them in float32, normed rows in bfloat16; choices."""
-    return rows * (10 * config.hidden_size + 40 * config.experts_per_token)
+    """Hidden and mixed rows in float32, normed ones in bfloat16, choices and their order."""
+    return rows * (10 * config.hidden_size + 48 * config.experts_per_token)
 
 
 def work_bytes(config: ModelConfig, context: int, kv_itemsize: int = 2) -> int:
     """The largest of what one layer needs at once, and room for caches to grow in."""
-    heads = max(ly.heads * (ly.head_dim + ly.v_head_dim) for ly in config.layers)
-    inner = max(ly.intermediate for ly in config.layers)
     hidden, width = config.hidden_size, config.moe_intermediate_size
-    rows = 4 * CHUNK * (8 * hidden + 2 * heads + 3 * inner)
+    # Normed rows and their sum; queries, rotated; keys and values for every head; results, joined.
+    attention = max(
+        4 * ly.heads * (ly.head_dim + ly.v_head_dim)
+        + 2 * ly.heads * (ly.head_dim + ly.v_head_dim)
+        + 8 * ly.heads * ly.v_head_dim
+        for ly in config.layers
+    )
+    dense = max((6 * ly.intermediate for ly in config.layers if ly.mlp == "dense"), default=0)
+    rows = min(CHUNK, context) * (14 * hidden + max(attention, dense))
     # Scores in float32, their exponentials, those in bfloat16.
     scores = 10 * max(
         ly.heads * (VERIFIED * context if ly.window is None else BLOCK * (BLOCK + ly.window))
@@ -93,11 +96,11 @@ def work_bytes(config: ModelConfig, context: int, kv_itemsize: int = 2) -> int:
     keys = [layer_kv_bytes(ly, context, kv_itemsize) for ly in full]
     # 8-bit keys and values become float32 and bfloat16 before they are multiplied.
     numbers = 6 * max((layer_kv_bytes(ly, context, 1) for ly in full), default=0)
-    attention = rows + scores + (numbers if kv_itemsize == 1 else 0) + 2 * 2 * UNPACKED
-    sweep = SWEPT * (8 * hidden + 6 * width) + 4 * hidden * width + 6 * SHARED * hidden
+    layer = rows + scores + (numbers if kv_itemsize == 1 else 0) + 2 * 2 * UNPACKED
+    sweep = SWEPT * (12 * hidden + 6 * width) + 4 * hidden * width + 6 * SHARED * hidden
     # A full layer's rows grow by an eighth, and old and new ones are there for a moment.
     growing = sum(keys) // 8 + max(keys, default=0)
-    return max(attention, sweep if config.is_moe else 0) + growing
+    return max(layer, sweep if config.is_moe else 0) + growing
 
 
 def on_device(
@@ -116,7 +119,7 @@ def on_device(
     streamed = sizes.experts > 0
     streams = STREAMS * sizes.vram_slot if streamed else 0
     one = hidden_bytes(config, 1)
-    rows = max(LEAST_ROWS, min(context, max(0, vram) // HIDDEN_SHARE // one)) if streamed else CHUNK
+    rows = min(context, max(LEAST_ROWS, max(0, vram) // HIDDEN_SHARE // one if streamed else CHUNK))
     hidden = rows * one
     room = left = vram - work - streams - hidden
     attention = dense = exact = kv = restarts = count = 0

@@ -233,6 +233,14 @@ class Plan:
         return sessions + drafter + found.work + found.hidden_bytes + found.device.pinned
 
     @property
+    def elsewhere_bytes(self) -> int:
+        """Bytes of the pack besides experts and drafter that RAM is spared, as a GPU has them."""
+        counted = ("KV cache", *DRAFTER)
+        return self.sizes.resident - sum(
+            nbytes for name, nbytes in self.placement.ram.items() if name not in counted
+        )
+
+    @property
     def session_bytes(self) -> int:
         """What sessions may take together: a context's keys and values, its restart points."""
         ram = self.placement.ram.get("KV cache", 0) + self.placement.restarts
