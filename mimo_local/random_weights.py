@@ -157,6 +157,13 @@ class RandomWeights:
         shapes = _expert_shapes(self.config).values() if self.config.is_moe else ()
         return sum(self.expert_format.nbytes(*shape) for shape in shapes)
 
+    @property
+    def expert_layout(self) -> ExpertLayout | None:
+        """How a layer's experts lie in memory; None for a model without."""
+        if self._layout is None:
+            return None
+        return dataclasses.replace(self._layout, count=self.config.n_experts)
+
     def touched(self) -> dict[str, int]:
         """Bytes a decode step reads: attention, dense, head, experts, exact (routers, norms).
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mimo_local.cli import drafts, models, shapes
+from mimo_local.cli import drafts, models, selftest, shapes
 from mimo_local.cli.models import JsonOption, ModelOption
 from mimo_local.cli.status import Status, say
 from mimo_local.errors import ExitCode, UsageError
@@ -77,6 +77,9 @@ def bench(
     prefill: shapes.Prefill = None,
     quick: shapes.Quick = False,
     draft: drafts.Draft = False,
+    gpu_selftest: selftest.SelfTestFlag = False,
+    report: selftest.Report = selftest.REPORT,
+    device: selftest.Device = "cuda",
 ) -> int:
     """Measure tokens per second, as llama-bench does or on the real model's shapes.
 
@@ -84,10 +87,13 @@ def bench(
     weights and measures them beside what memory, processor and disk can do in the same minutes;
     Ctrl-C ends that early and keeps what was measured. `--draft` measures what drafting wins, on
     answers of the model or, with `--shape real`, on layers that are told what to answer.
-    """
-    from mimo_local import benchmark, hardware
-    from mimo_local.cli import tables
 
+    `--gpu-selftest` compares what a GPU computes with the CPU, and writes a report for an issue.
+    """
+    if gpu_selftest:
+        if model is not None or shape is not None or draft:
+            raise UsageError("--gpu-selftest measures no model", hint="give it no other option")
+        return selftest.run(report, device)
     wished = {
         "layers": layers, "vocab": vocab, "experts": experts, "rest": rest,
         "context": counts(context) if context else None,
@@ -105,13 +111,27 @@ def bench(
             raise UsageError(f"--{name} is for real shapes", hint="add `--shape real`")
     if draft:
         return drafts.model(Settings.resolve(model=model), counts(n_gen)[0], reps)
-    tests = benchmark.plan_tests(counts(n_prompt), counts(n_gen), counts(n_depth))
-    counted = counts(threads) if threads else ()
+    return _bench(
+        Settings.resolve(model=model),
+        (counts(n_prompt), counts(n_gen), counts(n_depth)),
+        counts(threads) if threads else (),
+        reps,
+    )
+
+
+def _bench(
+    settings: Settings, sizes: tuple[tuple[int, ...], ...], threads: tuple[int, ...], reps: int
+) -> int:
+    """A loaded model; `sizes`: of prompts, answers and contexts."""
+    from mimo_local import benchmark, hardware
+    from mimo_local.cli import tables
+
+    tests = benchmark.plan_tests(*sizes)
     facts = hardware.detect()
-    runner, name, load_s = load_runner(Settings.resolve(model=model))
+    runner, name, load_s = load_runner(settings)
     status = Status()
     try:
-        results = benchmark.run(runner, tests, threads=counted, reps=reps, on_progress=status)
+        results = benchmark.run(runner, tests, threads=threads, reps=reps, on_progress=status)
     finally:
         status.clear()
     print(tables.bench(results))
