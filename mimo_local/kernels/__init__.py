@@ -234,16 +234,14 @@ class Kernels:
         if status:
             raise _error("matmul", status, {**w.facts(), **_without_self(locals())})
 
-    # Quantisers: w (N, K) f32 -> codes, scales. `search` tries several scales and keeps the one
-    # with the least squared error. NaN or infinity in w: a NativeError that names the row.
-
     def quantize(
         self, fmt: int, w_ptr: int, N: int, K: int, codes_ptr: int, scales_ptr: int, search: bool,
         *fp8: int, importance_ptr: int | None = None,
     ) -> int:  # fmt: skip
-        """Returns how many blocks had a weight beyond the scale's range and were clamped to it.
+        """w (N, K) -> how many blocks had a weight beyond the scale's range, clamped to it.
 
-        fp8: w is FP8; grid_ptr, G, row_of_ptr and block of `mimo_quantize_fp8`. importance: (K).
+        `search` keeps the scale with the least squared error; importance: (K) f32, of columns.
+        fp8: w is FP8; grid_ptr, G, row_of_ptr, block. NaN, infinity: a NativeError names the row.
         """
         name, info = "quantize_fp8" if fp8 else "quantize", _I64(0)
         status = getattr(self._library, "mimo_" + name)(
