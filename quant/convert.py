@@ -7,8 +7,6 @@ to the writer. Knows no arithmetic of a format. Called by the command line, the 
 from __future__ import annotations
 
 import shutil
-import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
@@ -29,7 +27,7 @@ from mimo_local.errors import (
     PackError,
     UsageError,
 )
-from mimo_local.events import Progress
+from quant.calibrated import Importance, pack_nf4
 from quant.checkpoint import Checkpoint
 from quant.formats import Format, Parts, get_format
 from quant.fp8 import Fp8Rows
@@ -38,6 +36,7 @@ from quant.jobs import Job, plan_bytes, plan_jobs
 from quant.journal import Journal
 from quant.layout import TensorSpec, plan_experts
 from quant.measure import Tally
+from quant.meter import Meter
 from quant.pack import JOURNAL, OnProgress, Pack
 from quant.pipeline import ahead
 from quant.quality import losses_to_json, write_conversion
@@ -73,28 +72,31 @@ def convert(
     on_progress: OnProgress | None = None,
     cancel: Callable[[], bool] | None = None,
     supply: Supply | None = None,
+    calibration: Calibration | None = None,
 ) -> Pack:
     """Make a pack of a checkpoint in folder `dst` and open it; run again after a death to resume.
 
     Two runs give the same bytes, interrupted or not. Progress counts bytes of the source; `supply`
-    brings them while the conversion runs. Raises CheckpointError, ConfigError, UsageError
-    (folders), DiskSpaceError (before the first byte, or when the disk fills up), CancelledError;
-    finished files are always kept for the next run.
+    brings them while the conversion runs; `calibration` knows which columns matter. Raises
+    CheckpointError, ConfigError, UsageError (folders), DiskSpaceError (before the first byte, or
+    when the disk fills up), CancelledError; finished files are always kept for the next run.
     """
     recipe = recipe or Recipe()
     source = src if isinstance(src, Checkpoint) else Checkpoint.open(src)
     target = Path(dst).absolute()
     jobs = checked_jobs(source, recipe)
-    head = _head(source, recipe, supply.identity if supply else source.fingerprint())
+    heard = calibration.identity if calibration else None
+    head = _head(source, recipe, supply.identity if supply else source.fingerprint(), heard)
     if (target / MANIFEST).exists():
         return _finished(target, head)
     check_target(source.path, target)
-    meter = _Meter(source.nbytes, on_progress)
+    meter = Meter(source.nbytes + (calibration.nbytes if calibration else 0), on_progress)
     writer = PackWriter(target)
     journal = Journal(target / JOURNAL, head)
     try:
         done = _resumable(journal, target, jobs)
-        _check_space(target, sum(job.nbytes() for job in jobs if job.file not in done))
+        left = sum(job.nbytes() for job in jobs if job.file not in done)
+        _check_space(target, left + (calibration.room if calibration and left else 0))
         scratch = Scratch()
         for job in supply.order(jobs, done) if supply else jobs:
             if job.file in done:
@@ -104,17 +106,22 @@ def convert(
                 continue
             if supply:
                 supply.need(job)
-            run = _Run(source, recipe, meter, cancel, f"{len(done)} of {len(jobs)} files", scratch)
+            kept = f"{len(done)} of {len(jobs)} files"
+            run = _Run(source, recipe, meter, cancel, kept, scratch, calibration)
+            if calibration:
+                calibration.before(job, run.hear)
             done[job.file] = run.write(job, writer) | {"losses": losses_to_json(run.tally.take())}
             journal.add(done[job.file])
             if supply:
                 supply.done(job)
         if supply:
-            head = _head(source, recipe, source.fingerprint())
+            head = _head(source, recipe, source.fingerprint(), heard)
         _finish(writer, source, head, jobs, done)
     finally:
         journal.close()
     journal.path.unlink(missing_ok=True)
+    if calibration:
+        calibration.finish()
     meter.finish()
     return Pack.open(target)
 
@@ -133,6 +140,30 @@ class Supply(Protocol):
 
     def done(self, job: Job) -> None:
         """The job's file is durable."""
+
+
+class Calibration(Protocol):
+    """Knows what the experts of the job at hand are multiplied with."""
+
+    identity: dict[str, Any]
+    """What makes two of them the same."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the source it reads for itself."""
+
+    @property
+    def room(self) -> int:
+        """Bytes it keeps in the pack's folder meanwhile."""
+
+    def before(self, job: Job, tell: Callable[[int, str], None]) -> None:
+        """Return when `of` can be asked for the job's matrices; `tell` hears bytes and a stage."""
+
+    def of(self, name: str) -> Importance | None:
+        """For one matrix, if anything is known."""
+
+    def finish(self) -> None:
+        """The pack is whole."""
 
 
 _Loaded: TypeAlias = torch.Tensor | Fp8Rows | Parts
@@ -161,10 +192,11 @@ class _Run:
 
     source: Checkpoint
     recipe: Recipe
-    meter: _Meter
+    meter: Meter
     cancel: Callable[[], bool] | None
     kept: str
     scratch: Scratch
+    calibration: Calibration | None = None
     tally: Tally = field(default_factory=Tally)
 
     def write(self, job: Job, writer: PackWriter) -> Record:
@@ -220,12 +252,21 @@ class _Run:
         if isinstance(stored, torch.Tensor):
             stored = self.source.widen(piece.name, stored, self.scratch)
         try:
-            parts = piece.fmt.pack(stored, search=self.recipe.search, out=out)
+            known = self.calibration.of(piece.name) if self.calibration else None
+            if known is not None and piece.fmt.name == "nf4":
+                parts = pack_nf4(stored, known, out=out)
+            else:
+                parts = piece.fmt.pack(stored, search=self.recipe.search, out=out)
         except (NativeError, PackError):
             self.source.read(piece.name, piece.rows)  # knows which file holds NaN, and says so
             raise
         self.tally.add(piece.name, piece.fmt, stored, parts)
         return parts
+
+    def hear(self, nbytes: int, stage: str) -> None:
+        """Progress of what comes before the job."""
+        self._check_cancelled()
+        self.meter.add(nbytes, stage)
 
     def _check_cancelled(self) -> None:
         if self.cancel and self.cancel():
@@ -233,49 +274,6 @@ class _Run:
                 f"the conversion was stopped; {self.kept} are finished and kept",
                 hint="run the same command again to go on from there",
             )
-
-
-class _Meter:
-    """Bytes of source done, and when the rest will be, from the rate of the last 30 seconds."""
-
-    def __init__(
-        self,
-        total: int,
-        on_progress: OnProgress | None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._total = total
-        self._on_progress = on_progress
-        self._clock = clock
-        self._done = 0
-        self._marks = deque([(clock(), 0)])
-        self._told = float("-inf")
-
-    def skip(self, n: int) -> None:
-        """Bytes an earlier run did: they count as done and say nothing about the rate."""
-        self._done += n
-        self._marks = deque([(self._clock(), self._done)])
-
-    def add(self, n: int, stage: str) -> None:
-        self._done += n
-        now = self._clock()
-        self._marks.append((now, self._done))
-        while len(self._marks) > 2 and self._marks[1][0] <= now - 30:
-            self._marks.popleft()
-        if now - self._told >= 0.1:
-            self._tell(stage, now)
-
-    def finish(self) -> None:
-        self._done = self._total
-        self._tell("converted", self._clock())
-
-    def _tell(self, stage: str, now: float) -> None:
-        self._told = now
-        if self._on_progress:
-            since, base = self._marks[0]
-            rate = (self._done - base) / (now - since) if now > since else 0.0
-            eta = (self._total - self._done) / rate if rate > 0 else None
-            self._on_progress(Progress(stage, self._done, self._total, eta_s=eta))
 
 
 def _stage(name: str) -> str:
@@ -310,7 +308,9 @@ def copied(listing: Iterable[str]) -> list[str]:
     return ["config.json", *(name for name in _COPIED if name in names), *extra]
 
 
-def _head(source: Checkpoint, recipe: Recipe, fingerprint: str) -> dict[str, Any]:
+def _head(
+    source: Checkpoint, recipe: Recipe, fingerprint: str, heard: dict[str, Any] | None
+) -> dict[str, Any]:
     """What makes two conversions the same; the journal's first line and part of the manifest."""
     try:
         version = metadata.version("mimo-local")
@@ -328,13 +328,13 @@ def _head(source: Checkpoint, recipe: Recipe, fingerprint: str) -> dict[str, Any
             "tensors": len(source.names()),
             "skipped": len(source.skipped()),
         },
-    }
+    } | ({} if heard is None else {"calibration": heard})
 
 
 def _finished(target: Path, head: dict[str, Any]) -> Pack:
     """The pack that is already there, if it is the one asked for."""
     pack = Pack.open(target)
-    other = [k for k in ("recipe", "source") if pack.manifest.get(k) != head[k]]
+    other = [k for k in ("recipe", "calibration", "source") if pack.manifest.get(k) != head.get(k)]
     if other:
         raise UsageError(
             f"{target} already holds a finished pack with another {' and '.join(other)}",

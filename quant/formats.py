@@ -86,7 +86,7 @@ def _f32(w: torch.Tensor | Fp8Rows) -> torch.Tensor:
     return w.detach().to(device="cpu", dtype=torch.float32).contiguous()
 
 
-def _source(w: torch.Tensor | Fp8Rows) -> tuple[torch.Tensor, tuple[int, ...]]:
+def source_of(w: torch.Tensor | Fp8Rows) -> tuple[torch.Tensor, tuple[int, ...]]:
     """Contiguous weights for the kernels and, for FP8, where its scales are."""
     if not isinstance(w, Fp8Rows) or w.codes.dtype != torch.float8_e4m3fn:
         return _f32(w), ()
@@ -153,7 +153,7 @@ class _Quantized(ABC):
             return packed if out is None else {k: out[k].copy_(v) for k, v in packed.items()}
         if out is None:
             out = {k: torch.empty(s, dtype=d) for k, (d, s) in self.parts(rows, cols).items()}
-        raw, fp8 = _source(w)
+        raw, fp8 = source_of(w)
         codes, scales = out["codes"].data_ptr(), out["scales"].data_ptr()
         native.quantize(self.code, raw.data_ptr(), rows, cols, codes, scales, search, *fp8)
         return out

@@ -80,6 +80,18 @@ class Report:
 
     losses: list[Loss]
     reading: Reading | None = None
+    method: str = ""
+    """How 4-bit codes were chosen, if not weight by weight."""
+
+
+def method_of(manifest: Mapping[str, Any]) -> str:
+    """In words, of a pack's manifest."""
+    heard = manifest.get("calibration")
+    if not isinstance(heard, Mapping):
+        return ""
+    how = {"feedback": "error feedback", "columns": "importance of columns"}
+    tokens = heard.get("tokens")
+    return f"nf4 by {how.get(str(heard.get('method')), 'calibration')}, from {tokens} tokens"
 
 
 def losses_to_json(losses: Iterable[Loss]) -> list[dict[str, Any]]:
@@ -93,7 +105,7 @@ def write_conversion(writer: PackWriter, head: Mapping[str, Any], records: list[
     for record in records:
         with suppress(ValueError, KeyError, TypeError):  # a journal's oddity must not cost a pack
             losses += [loss_of(loss) for loss in record.get("losses", ())]
-    writer.blob(FILE, _text(head, Report(losses)))
+    writer.blob(FILE, _text(head, Report(losses, method=method_of(head))))
 
 
 def write(pack: Pack, report: Report) -> None:
@@ -111,6 +123,7 @@ def read(pack: Pack) -> Report | None:
         return Report(
             [loss_of(loss) for loss in data["losses"]],
             None if reading is None else reading_of(reading),
+            method_of(pack.manifest),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
@@ -122,6 +135,7 @@ def to_json(report: Report) -> dict[str, Any]:
     return {
         "losses": losses_to_json(report.losses),
         "reading": reading,
+        "method": report.method,
         "warnings": warnings(report),
     }
 
@@ -132,7 +146,7 @@ def _identity(manifest: Mapping[str, Any]) -> dict[str, Any]:
         "fingerprint": manifest["source"]["fingerprint"],
         "recipe": manifest["recipe"],
         "quantizer": manifest["quantizer"],
-    }
+    } | ({"calibration": manifest["calibration"]} if "calibration" in manifest else {})
 
 
 def _text(manifest: Mapping[str, Any], report: Report) -> bytes:

@@ -84,6 +84,11 @@ def nf4_quantize(blocks: torch.Tensor, *, search: bool) -> tuple[torch.Tensor, t
     return scale, _nf4_nearest(_nf4_words(blocks, scale.float()))
 
 
+def nf4_codes(blocks: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Blocks (B, L) and their float32 scales (B,), of either sign -> codes uint8 (B, L)."""
+    return _nf4_nearest(_nf4_words(blocks, scale))
+
+
 def _nf4_words(blocks: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Weights as int32 multiples of scale / 32767, ties to even, kept within 16 bits."""
     factor = torch.where(scale == 0, 0.0, _WORD / scale).unsqueeze(1)

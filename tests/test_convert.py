@@ -29,10 +29,11 @@ from mimo_local.errors import (
 )
 from mimo_local.events import Progress
 from quant.checkpoint import Checkpoint
-from quant.convert import Recipe, _Meter, convert, plan_bytes
+from quant.convert import Recipe, convert, plan_bytes
 from quant.formats import FORMATS, get_format
 from quant.inventory import expert_name, expert_of, role_of
 from quant.measure import relative_rms
+from quant.meter import Meter
 from quant.pack import Pack, expert_views
 
 torch.set_num_threads(1)
@@ -520,7 +521,7 @@ def test_progress_rises_and_ends_at_the_total(
 ) -> None:
     seen: list[Progress] = []
     now = iter(range(10**6))
-    monkeypatch.setattr(_Meter.__init__, "__defaults__", (lambda: float(next(now)),))
+    monkeypatch.setattr(Meter.__init__, "__defaults__", (lambda: float(next(now)),))
     convert(source[0], tmp_path / "pack", on_progress=seen.append)
     done = [p.done for p in seen]
     assert len(seen) > 40 and done == sorted(done)
@@ -532,7 +533,7 @@ def test_progress_rises_and_ends_at_the_total(
 def test_the_time_left_comes_from_the_last_half_minute() -> None:
     seen: list[Progress] = []
     now = 0.0
-    meter = _Meter(10_000, seen.append, lambda: now)
+    meter = Meter(10_000, seen.append, lambda: now)
     meter.skip(4000)  # by an earlier run: says nothing about the speed of this one
     for second in range(1, 101):
         now = float(second)

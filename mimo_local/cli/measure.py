@@ -113,7 +113,7 @@ def tables_of(report: Report) -> str:
     """Weights, then texts, as far as they were measured."""
     parts = []
     if report.losses:
-        parts += [_weights(report.losses)]
+        parts += [_weights(report.losses) + (f"\n{report.method}" if report.method else "")]
     if report.reading is not None:
         parts += [_texts(report.reading)]
     return "\n\n".join(parts) or "nothing was measured"

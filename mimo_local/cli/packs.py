@@ -19,10 +19,11 @@ from mimo_local.cli import models
 from mimo_local.cli.measure import find_pack
 from mimo_local.cli.models import JsonOption
 from mimo_local.cli.status import Status, amount, duration, say
-from mimo_local.errors import CancelledError, ExitCode
+from mimo_local.errors import CancelledError, ExitCode, UsageError
 from mimo_local.settings import Paths
 
 if TYPE_CHECKING:
+    from mimo_local.fidelity.calibration import Calibration
     from quant.checkpoint import Checkpoint
     from quant.convert import Recipe
     from quant.pack import Pack
@@ -36,6 +37,13 @@ Format = Annotated[
 ]
 NoSearch = Annotated[
     bool, typer.Option("--no-search", help="plain largest-value scales: faster, less exact")
+]
+Calibrate = Annotated[
+    bool,
+    typer.Option(
+        "--calibrate/--no-calibrate",
+        help="nf4 experts: read texts first and lose less where it matters",
+    ),
 ]
 Yes = Annotated[bool, typer.Option("-y", "--yes", help="do not ask before a long conversion")]
 Measure = Annotated[
@@ -63,6 +71,7 @@ def quantize(
     head: Head = None,
     mtp: Mtp = None,
     no_search: NoSearch = False,
+    calibrate: Calibrate = False,
     measure: Measure = False,
     yes: Yes = False,
 ) -> int:
@@ -77,10 +86,11 @@ def quantize(
     parts = {"attention": attention, "dense": dense, "head": head, "embedding": head, "mtp": mtp}
     chosen = {name: value for name, value in parts.items() if value is not None}
     recipe = replace(Recipe.for_format(format), search=not no_search, **chosen)
-    announce(source, recipe, target, yes=yes)
+    learnt = calibration_of(source, recipe, target) if calibrate else None
+    announce(source, recipe, target, learnt, yes=yes)
     status = Status()
     try:
-        pack = convert(source, target, recipe, on_progress=status)
+        pack = convert(source, target, recipe, on_progress=status, calibration=learnt)
     except KeyboardInterrupt:
         raise CancelledError(
             "the conversion was stopped", hint="run the same command again: it resumes"
@@ -111,12 +121,33 @@ def folder_for(dst: Path) -> Path:
     return Paths.default().packs_dir / dst if bare and not dst.exists() else dst
 
 
-def announce(source: Checkpoint, recipe: Recipe, target: Path, *, yes: bool) -> None:
+def calibration_of(source: Checkpoint, recipe: Recipe, target: Path) -> Calibration | None:
+    """What reads the calibration texts; nothing where it would not be asked."""
+    if recipe.experts != "nf4":
+        say("note: only experts at nf4 are calibrated; there are none")
+        return None
+    if not recipe.search:
+        raise UsageError(
+            "--no-search and --calibrate exclude each other",
+            hint="calibration is a better scale search: leave out one of the two",
+        )
+    from mimo_local.fidelity.calibration import Calibration
+
+    return Calibration.of_checkpoint(source, target)
+
+
+def announce(
+    source: Checkpoint, recipe: Recipe, target: Path, learnt: Calibration | None, *, yes: bool
+) -> None:
     """Say what will be written and how long it should take; ask first if that is long."""
     from quant.convert import plan_bytes
 
     weights = sum(_count(source.shape(name)) for name in source.names())
     seconds = weights / quantize_rate(recipe)
+    if learnt is not None:
+        more = learnt.predicted_seconds()
+        say(f"calibration reads {len(learnt.ids):,} tokens: about {duration(more)} more")
+        seconds += more
     size = plan_bytes(source, recipe)
     before, after = amount(source.nbytes, "bytes"), amount(size, "bytes")
     say(f"{before} -> {after} in {target}, about {duration(seconds)} (estimated)")

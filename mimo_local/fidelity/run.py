@@ -34,7 +34,7 @@ from mimo_local.weights import CheckpointWeights, OnProgress, PackWeights, open_
 from quant import quality
 from quant.measure import Sums
 from quant.pack import Pack
-from quant.quality import Reading, Report
+from quant.quality import Reading, Report, method_of
 
 ITS_OWN = "its checkpoint"
 TEXTS = Path(__file__).parent / "texts"
@@ -145,7 +145,7 @@ def measure(
     if exact is not None:
         _check_alike(weights.config, exact.config)
     ids = Ids.read(pack, text, tokens, weights.config.max_context)
-    report = quality.read(weights.pack) or Report([])
+    report = quality.read(weights.pack) or Report([], method=method_of(weights.pack.manifest))
     kept = Kept(keep, _identity(weights, exact, ids))
     job = _Job(weights, exact, ids, kept.load(), known=bool(report.losses), told=on_progress)
     try:
@@ -153,7 +153,7 @@ def measure(
     except KeyboardInterrupt:
         raise _stopped(kept, job.state) from None
     kept.remove()
-    found = Report(report.losses or job.state.losses, reading)
+    found = Report(report.losses or job.state.losses, reading, report.method)
     full = text is None and tokens is None
     try:
         _write(weights, report, found, full=full)
@@ -168,7 +168,7 @@ def _write(weights: PackWeights, old: Report, found: Report, *, full: bool) -> N
     its_own = new is not None and new.source == ITS_OWN
     losses = found.losses if its_own else old.losses
     keep = before if not full or _worth(new) < _worth(before) else new
-    report = Report(losses, keep)
+    report = Report(losses, keep, old.method)
     if report != old:
         quality.write(weights.pack, report)
 

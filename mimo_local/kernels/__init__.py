@@ -18,7 +18,7 @@ from typing import Final
 
 from mimo_local.errors import NativeError
 
-ABI_VERSION: Final = 4
+ABI_VERSION: Final = 5
 BLOCK: Final = 64
 """Weights along a row that share one NF4 scale."""
 MAX_THREADS: Final = 256
@@ -37,6 +37,7 @@ _REINSTALL: Final = (
 _I32, _I64, _PTR = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 _F32 = ctypes.c_float
 _FP8: Final = (_PTR, _I64, _PTR, _I64)
+_QUANTIZE: Final = (_I64, _I64, _PTR, _PTR, _I32, _PTR, ctypes.POINTER(_I64))
 _SIGNATURES: Final = {
     "mimo_abi_version": (_I32, []),
     "mimo_get_table": (_PTR, [ctypes.c_char_p]),
@@ -54,8 +55,9 @@ _SIGNATURES: Final = {
     "mimo_attention": (_I32, [_PTR, _PTR, _PTR, _I64, _PTR, _PTR, _PTR, _I64, _PTR]),
     "mimo_mixture": (_I32, [_PTR, _PTR, _PTR, _I64, _PTR]),
     "mimo_layers": (_I32, [_PTR, _PTR, _I64, _PTR, _I64, _PTR, _I64, _PTR, _I64]),
-    "mimo_quantize": (_I32, [_PTR, _I64, _PTR, _I64, _I64, _PTR, _PTR, _I32, _PTR]),
-    "mimo_quantize_fp8": (_I32, [_PTR, _I64, _PTR, *_FP8, _I64, _I64, _PTR, _PTR, _I32, _PTR]),
+    "mimo_quantize": (_I32, [_PTR, _I64, _PTR, *_QUANTIZE]),
+    "mimo_quantize_fp8": (_I32, [_PTR, _I64, _PTR, *_FP8, *_QUANTIZE]),
+    "mimo_nf4_feedback": (_I32, [_PTR, *(_PTR, _I64) * 2, _I64, *(_PTR, _I64) * 2, _PTR]),
     "mimo_dequantize": (_I32, [_PTR, _PTR, _PTR]),
     "mimo_read_limit": (_I32, [_PTR, _PTR, _I64, _I64, _PTR]),
     "mimo_product_limit": (_I32, [_PTR, _I64, _PTR, _PTR]),
@@ -232,20 +234,18 @@ class Kernels:
         if status:
             raise _error("matmul", status, {**w.facts(), **_without_self(locals())})
 
-    # Quantisers: w (N, K) f32 -> codes, scales. `search` tries several scales and keeps the one
-    # with the least squared error. NaN or infinity in w: a NativeError that names the row.
-
     def quantize(
         self, fmt: int, w_ptr: int, N: int, K: int, codes_ptr: int, scales_ptr: int, search: bool,
-        *fp8: int,
+        *fp8: int, importance_ptr: int | None = None,
     ) -> int:  # fmt: skip
-        """Returns how many blocks had a weight beyond the scale's range and were clamped to it.
+        """w (N, K) -> how many blocks had a weight beyond the scale's range, clamped to it.
 
-        fp8: w is FP8; grid_ptr, G, row_of_ptr and block of `mimo_quantize_fp8`.
+        `search` keeps the scale with the least squared error; importance: (K) f32, of columns.
+        fp8: w is FP8; grid_ptr, G, row_of_ptr, block. NaN, infinity: a NativeError names the row.
         """
         name, info = "quantize_fp8" if fp8 else "quantize", _I64(0)
         status = getattr(self._library, "mimo_" + name)(
-            self._table, fmt, w_ptr, *fp8, N, K, codes_ptr, scales_ptr, search, ctypes.byref(info)
+            self._table, fmt, w_ptr, *fp8, N, K, codes_ptr, scales_ptr, search, importance_ptr, info
         )
         if status not in (0, _CLAMPED):
             raise _error(name, status, _without_self(locals()))

@@ -34,7 +34,7 @@ Stored through(const mimo_table *table, std::int64_t format, Exact<float> &w, st
   Stored s{Exact<unsigned char>(size(format == MIMO_INT8 ? N * K : N * K / 2)),
            Exact<unsigned char>(scale_bytes(format, N, K), format == MIMO_INT8 ? 4 : 2), Exact<float>(size(N * K))};
   std::int64_t clamped = -1;
-  const std::int32_t status = mimo_quantize(table, format, w.get(), N, K, s.codes.get(), s.scales.get(), search, &clamped);
+  const std::int32_t status = mimo_quantize(table, format, w.get(), N, K, s.codes.get(), s.scales.get(), search, nullptr, &clamped);
   REQUIRE(status == (clamped > 0 ? MIMO_CLAMPED : MIMO_OK), "%s status %d", table->name, status);
   REQUIRE(clamped == 0 || format == MIMO_NF4, "%ld", static_cast<long>(clamped));
   const mimo_matrix stored = matrix(format, s.codes.get(), s.scales.get(), N, K);
@@ -135,7 +135,7 @@ MIMO_CHECK(not_finite) {
         w[size(299 * K + column)] = bad;
         for (const std::int64_t format : {MIMO_NF4, MIMO_MXFP4, MIMO_INT8}) {
           std::int64_t row = -1;
-          const std::int32_t status = mimo_quantize(table, format, w.get(), N, K, codes.get(), scales.get(), 0, &row);
+          const std::int32_t status = mimo_quantize(table, format, w.get(), N, K, codes.get(), scales.get(), 0, nullptr, &row);
           REQUIRE(status == MIMO_E_NOT_FINITE, "%s format %ld", table->name, static_cast<long>(format));
           REQUIRE(row == 123, "row %ld", static_cast<long>(row));
         }
@@ -180,13 +180,13 @@ MIMO_CHECK(quantize_fp8) {
         Exact<unsigned char> expected(code_bytes);
         Exact<unsigned char> expected_scales(scale_bytes(format, N, K), 4);
         REQUIRE(mimo_quantize(mimo::scalar_table(), format, w.get(), N, K, expected.get(), expected_scales.get(), 1,
-                              nullptr) == MIMO_OK,
+                              nullptr, nullptr) == MIMO_OK,
                 "K %ld", static_cast<long>(K));
         for (const mimo_table *table : tables) {
           Exact<unsigned char> out(code_bytes);
           Exact<unsigned char> scales(scale_bytes(format, N, K), 4);
           REQUIRE(mimo_quantize_fp8(table, format, codes.get(), grid.get(), G, row_of.get(), block, N, K, out.get(),
-                                    scales.get(), 1, nullptr) == MIMO_OK,
+                                    scales.get(), 1, nullptr, nullptr) == MIMO_OK,
                   "%s K %ld", table->name, static_cast<long>(K));
           REQUIRE(out == expected && scales == expected_scales, "%s format %ld K %ld block %ld", table->name,
                   static_cast<long>(format), static_cast<long>(K), static_cast<long>(block));
@@ -200,10 +200,10 @@ MIMO_CHECK(quantize_fp8) {
       for (const mimo_table *table : tables) {
         std::int64_t row = -1;
         REQUIRE(mimo_quantize_fp8(table, MIMO_INT8, codes.get(), grid.get(), G, row_of.get(), block, N, K, out.get(),
-                                  scales.get(), 0, &row) == MIMO_E_NOT_FINITE && row == 5,
+                                  scales.get(), 0, nullptr, &row) == MIMO_E_NOT_FINITE && row == 5,
                 "%s row %ld", table->name, static_cast<long>(row));
         REQUIRE(mimo_quantize_fp8(table, MIMO_INT8, codes.get(), grid.get(), G - 1, row_of.get(), block, N, K,
-                                  out.get(), scales.get(), 0, nullptr) == MIMO_E_ARGUMENT,
+                                  out.get(), scales.get(), 0, nullptr, nullptr) == MIMO_E_ARGUMENT,
                 "%s", table->name);
       }
     }

@@ -116,6 +116,21 @@ struct QuantizeJob {
   void *codes;
   void *scales;
   bool search;
+  const float *importance;  // of each column, or null: all the same
+};
+
+// One block of 64 columns of every row; importance, inverse (64) and u (64, 64), upper and without its diagonal.
+struct FeedbackJob {
+  const float *w;
+  std::int64_t ldw;
+  const float *u;
+  const float *inverse;  // of its diagonal
+  const float *importance;
+  void *codes;
+  std::int64_t code_pitch;  // bytes from row to row
+  void *scales;
+  std::int64_t scale_pitch;
+  float *lost;  // (N, 64)
 };
 
 // What one call of a quantiser saw in its rows.
@@ -133,6 +148,7 @@ struct DequantizeJob {
 };
 
 using QuantizeRows = QuantizeResult (*)(const QuantizeJob &, std::int64_t n0, std::int64_t n1) noexcept;
+using FeedbackRows = QuantizeResult (*)(const FeedbackJob &, std::int64_t n0, std::int64_t n1) noexcept;
 using DequantizeRows = void (*)(const DequantizeJob &, std::int64_t n0, std::int64_t n1) noexcept;
 // K codes of FP8 -> floats, column k times scales[k / block].
 using WidenFp8Row = void (*)(const std::uint8_t *codes, std::int64_t K, const float *scales, std::int64_t block,
@@ -331,6 +347,7 @@ struct mimo_table {
   mimo::PanelPeak panel_peak;
   // quantize.inc
   mimo::QuantizeRows nf4_quantize;
+  mimo::FeedbackRows nf4_feedback;
   mimo::QuantizeRows mxfp4_quantize;
   mimo::QuantizeRows int8_quantize;
   mimo::DequantizeRows nf4_dequantize;

@@ -35,7 +35,7 @@ extern "C" {
 #endif
 
 /* Raise with every change of this file that an older caller could notice. */
-#define MIMO_ABI_VERSION 4
+#define MIMO_ABI_VERSION 5
 
 enum mimo_status {
   MIMO_OK = 0,
@@ -228,17 +228,29 @@ MIMO_API int32_t mimo_layers(const mimo_table *table, const mimo_layer *layers, 
  * magnitude. search != 0: of several scales around it the one with the least squared error, per block or row; never
  * worse than search == 0 but for the rounding of the following. A code is the one nearest to the weight after 4-bit
  * formats rounded weight / scale to a multiple of 1/32767 (NF4) or 1/2048 (MXFP4, ties to the even code; bfloat16
- * weights are hardly touched by it). Blocks of zeros get scale 0 (MXFP4: 2^-127, others 2^-116 at least). info: see
+ * weights are hardly touched by it). importance: how much each of the K columns matters, finite, 0 or more, or NULL;
+ * with it and search the error of a NF4 block is weighted, no block's is then larger than without, and scales may be
+ * negative. Other formats don't look at it. Blocks of zeros get scale 0 (MXFP4: 2^-127, others 2^-116 at least). info: see
  * mimo_status; may be NULL. */
 MIMO_API int32_t mimo_quantize(const mimo_table *table, int64_t format, const float *w, int64_t N, int64_t K,
-                               void *codes, void *scales, int32_t search, int64_t *info) MIMO_NOEXCEPT;
+                               void *codes, void *scales, int32_t search, const float *importance,
+                               int64_t *info) MIMO_NOEXCEPT;
 
 /* As mimo_quantize, for a checkpoint's FP8: w (N, K) E4M3 (no infinity, 0x7F and 0xFF are NaN), contiguous; weight
  * (n, k) is its code's value times grid[row_of[n]][k / block], one rounding. grid (G, ceil(K / block)) float32; row_of (N)
  * from 0 to G - 1. No float32 copy of w is made beyond a row per thread. */
 MIMO_API int32_t mimo_quantize_fp8(const mimo_table *table, int64_t format, const void *w, const float *grid, int64_t G,
                                    const int32_t *row_of, int64_t block, int64_t N, int64_t K, void *codes, void *scales,
-                                   int32_t search, int64_t *info) MIMO_NOEXCEPT;
+                                   int32_t search, const float *importance, int64_t *info) MIMO_NOEXCEPT;
+
+/* NF4 codes of one block of 64 columns of N rows, chosen column by column, each later one making up for what the earlier
+ * ones lost. w: the block's first weight, rows ldw apart. u (64, 64), rows ldu apart: the block on the diagonal of the
+ * upper Cholesky factor of the inverse of the inputs' second moments; its diagonal is positive, below it nothing is read.
+ * codes, scales: of the block in the first row; bytes from row to row. lost (N, 64): what the columns behind the block
+ * are to make up for; lost @ (u right of the block) is to be subtracted from them. */
+MIMO_API int32_t mimo_nf4_feedback(const mimo_table *table, const float *w, int64_t ldw, const float *u, int64_t ldu,
+                                   int64_t N, void *codes, int64_t code_pitch, void *scales, int64_t scale_pitch,
+                                   float *lost) MIMO_NOEXCEPT;
 
 /* W -> out (rows, cols) float32, contiguous. */
 MIMO_API int32_t mimo_dequantize(const mimo_table *table, const mimo_matrix *w, float *out) MIMO_NOEXCEPT;

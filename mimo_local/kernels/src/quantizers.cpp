@@ -57,7 +57,8 @@ void run_quantize_fp8(void *context, std::int64_t begin, std::int64_t end, void 
     const float *scales = fp8.grid + fp8.row_of[n] * ((K - 1) / fp8.block + 1);
     fp8.widen(fp8.w + n * K, K, scales, fp8.block, row);
     const QuantizeJob job{row, K, static_cast<unsigned char *>(call.job.codes) + n * call.code_bytes,
-                          static_cast<unsigned char *>(call.job.scales) + n * call.scale_bytes, call.job.search};
+                          static_cast<unsigned char *>(call.job.scales) + n * call.scale_bytes, call.job.search,
+                          call.job.importance};
     QuantizeResult result = call.rows(job, 0, 1);
     if (result.bad_row == 0) result.bad_row = n;
     note(call, result);
@@ -65,14 +66,15 @@ void run_quantize_fp8(void *context, std::int64_t begin, std::int64_t end, void 
 }
 
 std::int32_t quantize(const mimo_table &table, const mimo_matrix &out, const float *w, const Fp8Source *fp8, bool search,
-                      std::int64_t *info) noexcept {
+                      const float *importance, std::int64_t *info) noexcept {
   if (info != nullptr) *info = 0;
   const bool nibbles = out.format != MIMO_INT8;
   const QuantizeRows rows = out.format == MIMO_NF4     ? table.nf4_quantize
                             : out.format == MIMO_MXFP4 ? table.mxfp4_quantize
                                                        : table.int8_quantize;
   // The contract of the entries is that these are written to; a mimo_matrix only reads.
-  const QuantizeJob job{w, out.cols, const_cast<void *>(out.codes), const_cast<void *>(out.scales), search};
+  const QuantizeJob job{w, out.cols, const_cast<void *>(out.codes), const_cast<void *>(out.scales), search,
+                        importance};
   const std::int64_t code_bytes = nibbles ? out.cols / 2 : out.cols;
   const std::int64_t scale_bytes = stored_row_bytes(out.format, out.cols) - code_bytes;
   try {
@@ -92,6 +94,18 @@ std::int32_t quantize(const mimo_table &table, const mimo_matrix &out, const flo
   } catch (...) {
     return MIMO_E_INTERNAL;
   }
+}
+
+struct FeedbackCall {
+  FeedbackRows rows;
+  FeedbackJob job;
+  std::atomic<std::int64_t> bad_row;
+};
+
+void run_feedback(void *context, std::int64_t begin, std::int64_t end, void *) noexcept {
+  FeedbackCall &call = *static_cast<FeedbackCall *>(context);
+  const std::int64_t bad = call.rows(call.job, begin, end).bad_row;
+  if (bad >= 0) call.bad_row.store(bad, std::memory_order_relaxed);
 }
 
 bool quantized(std::int64_t format) noexcept {
@@ -130,18 +144,20 @@ bool beyond_caches(const mimo_matrix &w, const float *out) noexcept {
 extern "C" {
 
 int32_t mimo_quantize(const mimo_table *table, int64_t format, const float *w, int64_t N, int64_t K, void *codes,
-                      void *scales, int32_t search, int64_t *info) noexcept {
+                      void *scales, int32_t search, const float *importance, int64_t *info) noexcept {
   const mimo_matrix out{codes, scales, N, K, format};
   if (table == nullptr || !mimo::quantized(format) || !mimo::sensible_matrix(out)) return MIMO_E_ARGUMENT;
+  if (importance != nullptr && !mimo::usable(importance, 4)) return MIMO_E_ARGUMENT;
   if (N > 0 && !mimo::usable(w, 4)) return MIMO_E_ARGUMENT;
-  return mimo::quantize(*table, out, w, nullptr, search != 0, info);
+  return mimo::quantize(*table, out, w, nullptr, search != 0, importance, info);
 }
 
 int32_t mimo_quantize_fp8(const mimo_table *table, int64_t format, const void *w, const float *grid, int64_t G,
                           const int32_t *row_of, int64_t block, int64_t N, int64_t K, void *codes, void *scales,
-                          int32_t search, int64_t *info) noexcept {
+                          int32_t search, const float *importance, int64_t *info) noexcept {
   const mimo_matrix out{codes, scales, N, K, format};
   if (table == nullptr || !mimo::quantized(format) || !mimo::sensible_matrix(out)) return MIMO_E_ARGUMENT;
+  if (importance != nullptr && !mimo::usable(importance, 4)) return MIMO_E_ARGUMENT;
   const bool there = mimo::usable(w, 1) && mimo::usable(grid, 4) && mimo::usable(row_of, 4);
   if (block <= 0 || (N > 0 && !there)) return MIMO_E_ARGUMENT;
   for (std::int64_t n = 0; n < N; ++n) {
@@ -149,7 +165,39 @@ int32_t mimo_quantize_fp8(const mimo_table *table, int64_t format, const void *w
   }
   const std::int64_t width = std::min(block, (K + 15) / 16 * 16);
   const mimo::Fp8Source source{table->widen_fp8_row, static_cast<const std::uint8_t *>(w), grid, row_of, width};
-  return mimo::quantize(*table, out, nullptr, &source, search != 0, info);
+  return mimo::quantize(*table, out, nullptr, &source, search != 0, importance, info);
+}
+
+int32_t mimo_nf4_feedback(const mimo_table *table, const float *w, int64_t ldw, const float *u, int64_t ldu, int64_t N,
+                          void *codes, int64_t code_pitch, void *scales, int64_t scale_pitch,
+                          float *lost) noexcept {
+  constexpr std::int64_t kWidth = 64;
+  if (table == nullptr || N < 0 || ldw < kWidth || ldu < kWidth || code_pitch < 0 || scale_pitch % 2 != 0) {
+    return MIMO_E_ARGUMENT;
+  }
+  const bool there = mimo::usable(w, 4) && mimo::usable(codes, 1) && mimo::usable(scales, 2) && mimo::usable(lost, 4);
+  if (!mimo::usable(u, 4) || (N > 0 && !there)) return MIMO_E_ARGUMENT;
+  float upper[kWidth * kWidth] = {};
+  float inverse[kWidth];
+  float importance[kWidth];
+  for (std::int64_t j = 0; j < kWidth; ++j) {
+    const float diagonal = u[j * ldu + j];
+    if (!(diagonal > 0.0F)) return MIMO_E_ARGUMENT;
+    inverse[j] = 1.0F / diagonal;
+    importance[j] = inverse[j] * inverse[j];
+    for (std::int64_t k = j + 1; k < kWidth; ++k) upper[j * kWidth + k] = u[j * ldu + k];
+  }
+  try {
+    const mimo::FeedbackJob job{w,     ldw,        upper,  inverse,     importance,
+                                codes, code_pitch, scales, scale_pitch, lost};
+    mimo::FeedbackCall call{table->nf4_feedback, job, {-1}};
+    mimo::parallel_for(N, mimo::grain_for(kWidth), mimo::run_feedback, &call);
+    return call.bad_row.load() >= 0 ? MIMO_E_NOT_FINITE : MIMO_OK;
+  } catch (const std::bad_alloc &) {
+    return MIMO_E_MEMORY;
+  } catch (...) {
+    return MIMO_E_INTERNAL;
+  }
 }
 
 int32_t mimo_dequantize(const mimo_table *table, const mimo_matrix *w, float *out) noexcept {
