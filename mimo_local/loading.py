@@ -21,6 +21,7 @@ from mimo_local.events import Progress
 from mimo_local.experts.memory import available_memory
 from mimo_local.experts.opening import open_store
 from mimo_local.experts.store import Store
+from mimo_local.family import named
 from mimo_local.model import Model
 from mimo_local.mtp import Drafter
 from mimo_local.plan import Plan, here, plan
@@ -205,6 +206,6 @@ def describe(path: Path, weights: PackWeights | Weights) -> str:
         kind = " + ".join(sorted(formats - {"f32"}) or ["f32"])
     experts = f", {config.n_experts} experts" if config.is_moe else ""
     return (
-        f"{path.resolve().name}: {config.n_layers} layers{experts}, "
+        f"{named(path.resolve().name, config)}: {config.n_layers} layers{experts}, "
         f"{weights.nbytes / 1e9:.2f} GB, {kind}, {kernels.describe()} kernels"
     )

@@ -29,10 +29,11 @@ from mimo_local.errors import (
 )
 from mimo_local.events import Progress
 from quant.checkpoint import Checkpoint
-from quant.convert import Recipe, _Meter, convert, plan_bytes
+from quant.convert import Recipe, convert, plan_bytes
 from quant.formats import FORMATS, get_format
 from quant.inventory import expert_name, expert_of, role_of
 from quant.measure import relative_rms
+from quant.meter import Meter
 from quant.pack import Pack, expert_views
 
 torch.set_num_threads(1)
@@ -109,7 +110,7 @@ def test_large_tensors_go_through_in_row_ranges(
     source: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = stored(convert(source[0], tmp_path / "a").path)
-    monkeypatch.setattr("quant.convert.CHUNK", 5000)
+    monkeypatch.setattr("quant.making.CHUNK", 5000)
     assert stored(convert(source[0], tmp_path / "b").path) == whole
 
 
@@ -149,7 +150,7 @@ def test_mxfp4_passes_through_in_row_ranges(
     name = "model.layers.0.mlp.gate_proj.weight"
     weights = write_mxfp4(tmp_path / "src", config, dense=True)
     whole = stored(convert(tmp_path / "src", tmp_path / "a", Recipe(dense="mxfp4")).path)
-    monkeypatch.setattr("quant.convert.CHUNK", 5000)
+    monkeypatch.setattr("quant.making.CHUNK", 5000)
     pack = convert(tmp_path / "src", tmp_path / "b", Recipe(dense="mxfp4"))
     assert stored(pack.path) == whole
     assert torch.equal(stored_weight(pack, name)[1], weights[name])
@@ -520,7 +521,7 @@ def test_progress_rises_and_ends_at_the_total(
 ) -> None:
     seen: list[Progress] = []
     now = iter(range(10**6))
-    monkeypatch.setattr(_Meter.__init__, "__defaults__", (lambda: float(next(now)),))
+    monkeypatch.setattr(Meter.__init__, "__defaults__", (lambda: float(next(now)),))
     convert(source[0], tmp_path / "pack", on_progress=seen.append)
     done = [p.done for p in seen]
     assert len(seen) > 40 and done == sorted(done)
@@ -532,7 +533,7 @@ def test_progress_rises_and_ends_at_the_total(
 def test_the_time_left_comes_from_the_last_half_minute() -> None:
     seen: list[Progress] = []
     now = 0.0
-    meter = _Meter(10_000, seen.append, lambda: now)
+    meter = Meter(10_000, seen.append, lambda: now)
     meter.skip(4000)  # by an earlier run: says nothing about the speed of this one
     for second in range(1, 101):
         now = float(second)
@@ -547,7 +548,7 @@ import re, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-import quant.convert
+import quant.making
 from quant.convert import Recipe, convert
 
 def megabytes(field):
@@ -555,7 +556,7 @@ def megabytes(field):
     return int(re.search(field + r":\\s+(\\d+) kB", status)[1]) / 1024
 
 small, large, target = map(Path, sys.argv[1:4])
-quant.convert.CHUNK = int(sys.argv[4])
+quant.making.CHUNK = int(sys.argv[4])
 convert(small, target / "warm")  # libraries and the allocator's reserves are in memory now
 Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
 before = megabytes("VmRSS")
