@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mimo_local import __version__, gpu_facts, gpu_report, hardware, kernels, runs, verdicts
+from mimo_local.config import ModelConfig
 from mimo_local.errors import MimoError
+from mimo_local.family import named
 from mimo_local.plan import here
 from mimo_local.plan.planner import span
 from mimo_local.session_store import FOLDER, SessionStore
@@ -254,12 +256,18 @@ def _models(notes: _Notes, paths: Paths, env: Mapping[str, str]) -> None:
         lines.append(("chosen", f"{settings.model} (from {origin})"))
         if not there:
             notes.broken(f"the model {settings.model} does not exist", f"change {origin}")
-    packs = sorted(p.parent.name for p in paths.packs_dir.glob(f"*/{PACK_MANIFEST}"))
+    packs = sorted(_pack_name(p.parent) for p in paths.packs_dir.glob(f"*/{PACK_MANIFEST}"))
     lines.append(("packs", ", ".join(packs) or f"none in {paths.packs_dir}"))
     found = (p.parent for p in paths.cache_dir.glob(f"demo/*/{PACK_MANIFEST}"))
     demo = sorted(p for p in found if not p.name.startswith("."))  # .build-*: being made
     lines.append(("demo model", str(demo[0]) if demo else "not built: `mimo demo` fetches it"))
     notes.section("models", *lines)
+
+
+def _pack_name(pack: Path) -> str:
+    with suppress(MimoError):
+        return named(pack.name, ModelConfig.from_dir(pack))
+    return pack.name
 
 
 def _predictions(notes: _Notes, facts: hardware.Hardware, paths: Paths) -> None:

@@ -25,6 +25,7 @@ from mimo_local.experts.memory import available_memory
 from mimo_local.experts.opening import open_store
 from mimo_local.experts.store import Store
 from mimo_local.experts.vram import VramTier
+from mimo_local.family import named
 from mimo_local.model import Model
 from mimo_local.mtp import Drafter
 from mimo_local.placing import Placed
@@ -257,7 +258,7 @@ def describe(path: Path, weights: PackWeights | Weights, note: str = "") -> str:
         kind = " + ".join(sorted(formats - {"f32"}) or ["f32"])
     experts = f", {config.n_experts} experts" if config.is_moe else ""
     return (
-        f"{path.resolve().name}: {config.n_layers} layers{experts}, "
+        f"{named(path.resolve().name, config)}: {config.n_layers} layers{experts}, "
         f"{weights.nbytes / 1e9:.2f} GB, {kind}, {kernels.describe()} kernels"
         + (f"; {note}" if note else "")
     )

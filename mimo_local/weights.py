@@ -164,7 +164,7 @@ def open_weights(
     if (folder / MANIFEST).exists() or (folder / JOURNAL).exists():
         opened = PackWeights(Pack.open(folder), config)
     else:
-        opened = CheckpointWeights(Checkpoint.open(folder), config, dtype)
+        opened = CheckpointWeights(Checkpoint.open(folder, known=True), config, dtype)
     if on_progress is not None:
         on_progress(Progress("opening the model", 1, 1, "files"))
     return opened

@@ -21,6 +21,7 @@ from mimo_local.errors import CheckpointError
 from quant import mxfp4
 from quant.formats import Parts, get_format
 from quant.fp8 import BLOCK, Fp8Rows, fused_grid, sharded_grid
+from quant.inventory import select
 from quant.shards import INDEX, REFETCH, Shards, find_shards
 from quant.sources import FUSED_QKV, Source, fused_shards, logical
 from quant.tensorfile import Scratch, TensorFile, read_json
@@ -66,8 +67,11 @@ class Checkpoint:
                 self._block = (r, c)
 
     @classmethod
-    def open(cls, path: str | Path) -> Checkpoint:
-        """Open a folder and check every header in it; raises CheckpointError naming the file."""
+    def open(cls, path: str | Path, *, known: bool = False) -> Checkpoint:
+        """Open a folder and check every header in it; raises CheckpointError naming the file.
+
+        `known`: refuse tensors its model does not have, drop drafting layers that are not whole.
+        """
         folder = Path(path)
         if not folder.is_dir():
             raise CheckpointError(
@@ -81,7 +85,11 @@ class Checkpoint:
         )
         found = find_shards(folder)
         files = [TensorFile(folder / n, error=CheckpointError, hint=REFETCH) for n in found.names]
-        return cls.of_files(folder, config, files, found)
+        self = cls.of_files(folder, config, files, found)
+        if known:
+            for name in select(config, {n: self.shape(n) for n in self.names()}).unused:
+                del self._sources[name]
+        return self
 
     @classmethod
     def of_files(
@@ -215,6 +223,12 @@ class Checkpoint:
             own = [self._own_scale[name]] if name in self._own_scale else []
             found.update(s.file.path.name for s in (self._source(name), *scales, *own))
         return found
+
+    def sharded(self, names: Iterable[str]) -> list[tuple[str, str, str]]:
+        """The (q, k, v) among these tensors whose FP8 scales are not on a grid of their own."""
+        found = [n for n in names if n.endswith("_proj.weight") and n in self._scales]
+        queries = [n for n in found if ".q_proj." in n and self._scales[n].rows is not None]
+        return [(q, q.replace(".q_", ".k_"), q.replace(".q_", ".v_")) for q in queries]
 
     def files(self) -> list[TensorFile]:
         """The safetensors files."""

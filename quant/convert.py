@@ -7,47 +7,30 @@ to the writer. Knows no arithmetic of a format. Called by the command line, the 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
-
-import torch
+from typing import Any, Protocol
 
 from mimo_local import kernels
-from mimo_local.errors import (
-    CancelledError,
-    CheckpointError,
-    ConfigError,
-    DiskSpaceError,
-    NativeError,
-    PackError,
-    UsageError,
-)
-from quant.calibrated import Importance, pack_nf4
+from mimo_local.errors import ConfigError, DiskSpaceError, UsageError
+from quant import evidence
 from quant.checkpoint import Checkpoint
-from quant.formats import Format, Parts, get_format
-from quant.fp8 import Fp8Rows
-from quant.inventory import EXPERT_PARTS, expected, expert_name, layer_of
-from quant.jobs import Job, plan_bytes, plan_jobs
+from quant.inventory import require, select
+from quant.jobs import Job, plan_bytes, plan_jobs, split
 from quant.journal import Journal
-from quant.layout import TensorSpec, plan_experts
-from quant.measure import Tally
+from quant.making import Calibration, Maker
 from quant.meter import Meter
 from quant.pack import JOURNAL, OnProgress, Pack
-from quant.pipeline import ahead
-from quant.quality import losses_to_json, write_conversion
+from quant.quality import write_conversion
 from quant.recipe import Recipe
 from quant.tensorfile import Scratch
 from quant.writer import MANIFEST, PART, PackWriter, Record
 
 __all__ = ["Recipe", "Supply", "check_target", "checked_jobs", "convert", "copied", "plan_bytes"]
 
-CHUNK = 1 << 23
-"""Weights quantised at once: an expert's matrix, 32 MiB where it has to be widened first."""
 SPARE = 16 << 20
 """Bytes left free on the target beyond what the pack needs: journal, manifest, tokenizer files."""
 
@@ -90,30 +73,36 @@ def convert(
     if (target / MANIFEST).exists():
         return _finished(target, head)
     check_target(source.path, target)
-    meter = Meter(source.nbytes + (calibration.nbytes if calibration else 0), on_progress)
+    # A supply takes files away when they are used up: what needs few of them goes on its own.
+    parts = {job.file: split(source, job) if supply else [job] for job in jobs}
+    units = [unit for found in parts.values() for unit in found]
     writer = PackWriter(target)
     journal = Journal(target / JOURNAL, head)
     try:
-        done = _resumable(journal, target, jobs)
-        left = sum(job.nbytes() for job in jobs if job.file not in done)
+        done = finished(target, journal.records, units)
+        _tidy(target, {str(record["file"]) for record in done.values() if "piece" in record})
+        left = sum(unit.nbytes() for unit in units if unit.key not in done)
         _check_space(target, left + (calibration.room if calibration and left else 0))
-        scratch = Scratch()
-        for job in supply.order(jobs, done) if supply else jobs:
-            if job.file in done:
-                meter.skip(sum(source.stored_bytes(name) for name in job.names()))
+        apart = [job for job in jobs if len(parts[job.file]) > 1]
+        used = sum(source.stored_bytes(name) for job in jobs for name in job.names())
+        used += sum(job.nbytes() for job in apart) + (calibration.nbytes if calibration else 0)
+        meter = Meter(used, on_progress)
+        maker = Maker(source, recipe, meter, cancel, Scratch(), calibration)
+        for unit in supply.order(units, done) if supply else units:
+            maker.kept = f"{len(done)} of {len(units)} files"
+            if unit.key in done:
+                meter.skip(sum(source.stored_bytes(name) for name in unit.names()))
+            else:
                 if supply:
-                    supply.done(job)
-                continue
+                    supply.need(unit)
+                done[unit.key] = maker.write(unit, writer)
+                journal.add(done[unit.key])
             if supply:
-                supply.need(job)
-            kept = f"{len(done)} of {len(jobs)} files"
-            run = _Run(source, recipe, meter, cancel, kept, scratch, calibration)
-            if calibration:
-                calibration.before(job, run.hear)
-            done[job.file] = run.write(job, writer) | {"losses": losses_to_json(run.tally.take())}
-            journal.add(done[job.file])
-            if supply:
-                supply.done(job)
+                supply.done(unit)
+        for job in apart:
+            if job.file not in done:
+                done[job.file] = maker.close(job, [done[u.key] for u in parts[job.file]], writer)
+                journal.add(done[job.file])
         if supply:
             head = _head(source, recipe, source.fingerprint(), heard)
         _finish(writer, source, head, jobs, done)
@@ -133,154 +122,13 @@ class Supply(Protocol):
     """Says which checkpoint this is before all of it is here; a resumed run must find the same."""
 
     def order(self, jobs: list[Job], done: Iterable[str]) -> list[Job]:
-        """The same jobs in the order their files come; `done`: files of the pack that are there."""
+        """The same jobs in the order their files come; `done`: keys of those that are done."""
 
     def need(self, job: Job) -> None:
         """Return when all the job reads is here."""
 
     def done(self, job: Job) -> None:
-        """The job's file is durable."""
-
-
-class Calibration(Protocol):
-    """Knows what the experts of the job at hand are multiplied with."""
-
-    identity: dict[str, Any]
-    """What makes two of them the same."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the source it reads for itself."""
-
-    @property
-    def room(self) -> int:
-        """Bytes it keeps in the pack's folder meanwhile."""
-
-    def before(self, job: Job, tell: Callable[[int, str], None]) -> None:
-        """Return when `of` can be asked for the job's matrices; `tell` hears bytes and a stage."""
-
-    def of(self, name: str) -> Importance | None:
-        """For one matrix, if anything is known."""
-
-    def finish(self) -> None:
-        """The pack is whole."""
-
-
-_Loaded: TypeAlias = torch.Tensor | Fp8Rows | Parts
-
-
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """Rows of one tensor, and what they are to become."""
-
-    name: str
-    fmt: Format
-    rows: slice | None = None
-
-
-def _ranges(shape: tuple[int, ...]) -> Iterator[slice]:
-    """The rows of a tensor in steps of CHUNK weights."""
-    rows = shape[0] if shape else 1
-    step = max(1, CHUNK // max(shape[1] if len(shape) > 1 else 1, 1))
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
-
-
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """Writes one job's file, counting and asking whether to stop between pieces."""
-
-    source: Checkpoint
-    recipe: Recipe
-    meter: Meter
-    cancel: Callable[[], bool] | None
-    kept: str
-    scratch: Scratch
-    calibration: Calibration | None = None
-    tally: Tally = field(default_factory=Tally)
-
-    def write(self, job: Job, writer: PackWriter) -> Record:
-        if job.shapes is None:
-            pieces = [
-                _Piece(s.name, get_format(s.format), r) for s in job.specs for r in _ranges(s.shape)
-            ]
-            with closing(ahead(partial(self._load, piece) for piece in pieces)) as loaded:
-                return writer.tensors(job.file, job.specs, lambda spec: self._rows(spec, loaded))
-        fmt = get_format(job.fmt)
-        pieces = [_Piece(name, fmt) for name in job.names()]
-        planned = plan_experts(job.file, job.layer, job.count, job.fmt, job.shapes)
-        with closing(ahead(partial(self._load, piece) for piece in pieces)) as loaded:
-            return writer.experts(
-                job.layer, planned, lambda e, views: self._expert(job, e, views, loaded)
-            )
-
-    def _rows(self, spec: TensorSpec, loaded: Iterator[_Loaded]) -> Iterator[Parts]:
-        """The tensor's parts, CHUNK weights at a time."""
-        fmt = get_format(spec.format)
-        rows = spec.shape[0] if spec.shape else 1
-        per_row = max(1, self.source.stored_bytes(spec.name) // max(rows, 1))
-        for part in _ranges(spec.shape):
-            self._check_cancelled()
-            yield self._parts(_Piece(spec.name, fmt, part), next(loaded))
-            self.meter.add((part.stop - part.start) * per_row, _stage(spec.name))
-        self.meter.add(self.source.stored_bytes(spec.name) - rows * per_row, _stage(spec.name))
-
-    def _expert(
-        self, job: Job, expert: int, views: dict[str, Parts], loaded: Iterator[_Loaded]
-    ) -> None:
-        """Fill the views with the parts of an expert's matrices."""
-        self._check_cancelled()
-        fmt = get_format(job.fmt)
-        for matrix in EXPERT_PARTS:
-            name = expert_name(job.layer, expert, matrix)
-            self._parts(_Piece(name, fmt), next(loaded), views[matrix])
-            self.meter.add(self.source.stored_bytes(name), _stage(name))
-
-    def _load(self, piece: _Piece, scratch: Scratch) -> _Loaded:
-        """What is to be read of a piece; runs beside the rest. MXFP4 stays what it is."""
-        if self.source.dtype(piece.name) != "MXFP4":
-            return self.source.load(piece.name, piece.rows, scratch=scratch)
-        if piece.fmt.name == "mxfp4":
-            return self.source.read_mxfp4(piece.name, piece.rows)
-        return self.source.read(piece.name, piece.rows)
-
-    def _parts(self, piece: _Piece, stored: _Loaded, out: Parts | None = None) -> Parts:
-        """A piece in its format, in memory of its own or in `out`."""
-        if isinstance(stored, dict):
-            self.tally.same(piece.name, piece.fmt)
-            return stored if out is None else {k: out[k].copy_(v) for k, v in stored.items()}
-        if isinstance(stored, torch.Tensor):
-            stored = self.source.widen(piece.name, stored, self.scratch)
-        try:
-            known = self.calibration.of(piece.name) if self.calibration else None
-            if known is not None and piece.fmt.name == "nf4":
-                parts = pack_nf4(stored, known, out=out)
-            else:
-                parts = piece.fmt.pack(stored, search=self.recipe.search, out=out)
-        except (NativeError, PackError):
-            self.source.read(piece.name, piece.rows)  # knows which file holds NaN, and says so
-            raise
-        self.tally.add(piece.name, piece.fmt, stored, parts)
-        return parts
-
-    def hear(self, nbytes: int, stage: str) -> None:
-        """Progress of what comes before the job."""
-        self._check_cancelled()
-        self.meter.add(nbytes, stage)
-
-    def _check_cancelled(self) -> None:
-        if self.cancel and self.cancel():
-            raise CancelledError(
-                f"the conversion was stopped; {self.kept} are finished and kept",
-                hint="run the same command again to go on from there",
-            )
-
-
-def _stage(name: str) -> str:
-    layer = layer_of(name)
-    if layer is not None:
-        return f"converting layer {layer}"
-    return "converting MTP layers" if ".mtp." in name else "converting embedding and head"
+        """What the job makes is durable."""
 
 
 def checked_jobs(source: Checkpoint, recipe: Recipe) -> list[Job]:
@@ -291,13 +139,9 @@ def checked_jobs(source: Checkpoint, recipe: Recipe) -> list[Job]:
             f"config.json: model_type is {model_type!r}",
             hint=f"this version converts {' and '.join(_MODEL_TYPES)} checkpoints",
         )
-    for name, shape in expected(source.config).items():
-        if source.shape(name) != shape:  # raises CheckpointError when there is none
-            raise CheckpointError(
-                f"{name} has shape {list(source.shape(name))}, config.json says {list(shape)}",
-                hint="config.json and the weights belong to different checkpoints",
-            )
     shapes = {name: source.shape(name) for name in source.names()}
+    require(source.config, shapes)
+    shapes = {name: shapes[name] for name in select(source.config, shapes).used}
     return plan_jobs(shapes, {name: source.dtype(name) for name in shapes}, recipe)
 
 
@@ -360,17 +204,26 @@ def check_target(src: Path, target: Path) -> None:
         )
 
 
-def _resumable(journal: Journal, target: Path, jobs: list[Job]) -> dict[str, Record]:
-    """Records of files that are there in full; leftovers of a killed run are removed."""
+def finished(target: Path, records: Iterable[Record], units: Iterable[Job]) -> dict[str, Record]:
+    """Records of the jobs whose work is there in full, by key; and of whole files made in parts."""
+    keys = {unit.key: unit.file for unit in units}
+    files = set(keys.values())
+    done: dict[str, Record] = {}
+    for record in records:
+        file, piece = str(record.get("file")), record.get("piece")
+        path = target / (file if piece is None else file + PART)
+        with suppress(OSError):
+            whole = path.stat().st_size == record.get("bytes")
+            if whole and (file in files if piece is None else keys.get(piece) == file):
+                done[file if piece is None else piece] = record
+    return done | {key: done[file] for key, file in keys.items() if file in done}
+
+
+def _tidy(target: Path, begun: set[str]) -> None:
+    """Remove leftovers of a killed run, but not files that are filled in over several runs."""
     for leftover in target.glob("*" + PART):
-        leftover.unlink()
-    wanted = {job.file for job in jobs}
-    done = {}
-    for record in journal.records:
-        path = target / str(record.get("file"))
-        if path.name in wanted and path.is_file() and path.stat().st_size == record.get("bytes"):
-            done[path.name] = record
-    return done
+        if leftover.name.removesuffix(PART) not in begun:
+            leftover.unlink()
 
 
 def _check_space(target: Path, need: int) -> None:
@@ -395,4 +248,6 @@ def _finish(
     listing = {p.name for p in source.path.iterdir() if p.is_file()}
     records += [writer.copy(source.path / name) for name in copied(listing)]
     fallbacks = [fallback for job in jobs for fallback in job.fallbacks]
-    writer.finish({**head, "fallbacks": fallbacks}, records)
+    layout = evidence.summary(records)
+    told = {} if layout is None else {"layout": layout}
+    writer.finish({**head, "fallbacks": fallbacks, **told}, records)

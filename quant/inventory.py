@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from mimo_local.errors import ConfigError
+from mimo_local.errors import CheckpointError, ConfigError
 
 Role: TypeAlias = Literal["experts", "attention", "dense", "embedding", "head", "mtp", "exact"]
 """What a tensor is for; all but `exact` are fields of `convert.Recipe`."""
@@ -32,6 +32,7 @@ _MATRIX: tuple[tuple[re.Pattern[str], Role], ...] = (
     (re.compile(r"^lm_head\.weight$"), "head"),
 )
 
+MTP_PREFIX = "model.mtp.layers."
 DEFAULT_MTP_LAYERS = 3
 """MiMo-V2-Flash ships three MTP layers and its config.json does not say so."""
 
@@ -96,16 +97,74 @@ def expected(config: Mapping[str, Any]) -> Shapes:
 def expected_mtp(config: Mapping[str, Any]) -> Shapes:
     """The tensors of the MTP layers: dense, sliding-window geometry; a checkpoint may lack them."""
     count = config.get("num_nextn_predict_layers", DEFAULT_MTP_LAYERS)
-    hidden = _int(config, "hidden_size")
-    norms = ("enorm", "hnorm", "input_layernorm", "pre_mlp_layernorm", "final_layernorm")
     shapes: Shapes = {}
     for layer in range(count or 0):
-        prefix = f"model.mtp.layers.{layer}."
-        shapes |= {f"{prefix}{norm}.weight": (hidden,) for norm in norms}
-        shapes[prefix + "eh_proj.weight"] = (hidden, 2 * hidden)
-        shapes |= _attention(prefix, config, hidden, sliding=True)
-        shapes |= _dense(prefix, config, hidden)
+        shapes |= _mtp_shapes(config, layer)
     return shapes
+
+
+def _mtp_shapes(config: Mapping[str, Any], layer: int) -> Shapes:
+    hidden = _int(config, "hidden_size")
+    norms = ("enorm", "hnorm", "input_layernorm", "pre_mlp_layernorm", "final_layernorm")
+    prefix = f"{MTP_PREFIX}{layer}."
+    shapes: Shapes = {f"{prefix}{norm}.weight": (hidden,) for norm in norms}
+    shapes[prefix + "eh_proj.weight"] = (hidden, 2 * hidden)
+    shapes |= _attention(prefix, config, hidden, sliding=True)
+    return shapes | _dense(prefix, config, hidden)
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Tensors of a checkpoint that are `used`, and those of drafting layers that are not."""
+
+    used: list[str]
+    unused: list[str]
+    mtp_layers: int
+
+
+def require(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """CheckpointError if a tensor of the main model is not there, or in another shape."""
+    for name, shape in expected(config).items():
+        if name not in shapes:
+            raise CheckpointError(
+                f"{name} is not in the checkpoint",
+                hint="a shard may be missing: compare the folder with the hub's file list",
+            )
+        if shapes[name] != shape:
+            raise CheckpointError(
+                f"{name} has shape {list(shapes[name])}, config.json says {list(shape)}",
+                hint="config.json and the weights belong to different checkpoints",
+            )
+
+
+def select(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Selection:
+    """Which of these tensors to use; CheckpointError if one is not known.
+
+    Drafting layers are used as far as they are whole: what else there is of them costs drafts and
+    no answers, so it is left out. Anything else that is not known would be missing in the answers.
+    """
+    main, layers = expected(config), 0
+    drafting: Shapes = {}
+    while whole := _mtp_layer(config, layers, shapes):
+        drafting |= whole
+        layers += 1
+    rest = [name for name in shapes if name not in main and name not in drafting]
+    unknown = sorted(name for name in rest if not _MTP.search(name))
+    if unknown:
+        more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+        raise CheckpointError(
+            f"tensors no model of this kind has: {', '.join(unknown[:3])}{more}",
+            hint="this version may be too old for the checkpoint, or config.json is another's",
+        )
+    return Selection(sorted(shapes.keys() - set(rest)), sorted(rest), layers)
+
+
+def _mtp_layer(
+    config: Mapping[str, Any], layer: int, shapes: Mapping[str, tuple[int, ...]]
+) -> Shapes:
+    """The tensors of one drafting layer, or nothing if one of them is not there or is another."""
+    wanted = _mtp_shapes(config, layer) if f"{MTP_PREFIX}{layer}.eh_proj.weight" in shapes else {}
+    return wanted if all(shapes.get(name) == shape for name, shape in wanted.items()) else {}
 
 
 def _int(config: Mapping[str, Any], key: str, default: int | None = None) -> int:

@@ -7,7 +7,7 @@ Pure: looks at names, shapes and stored dtypes only. Called by `convert`, and by
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -22,6 +22,7 @@ from quant.inventory import (
     expert_of,
     file_of,
     role_of,
+    select,
 )
 from quant.layout import TensorSpec, plan_experts, plan_tensors
 from quant.recipe import Recipe
@@ -29,7 +30,10 @@ from quant.recipe import Recipe
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One file of the pack: `specs`, or a layer's experts (`layer`, `count`, `fmt`, `shapes`)."""
+    """One file of the pack: `specs`, or a layer's experts (`layer`, `count`, `fmt`, `shapes`).
+
+    `experts`: only these of them, the file's other parts being other jobs'; empty: all.
+    """
 
     file: str
     specs: tuple[TensorSpec, ...] = ()
@@ -38,29 +42,84 @@ class Job:
     fmt: str = ""
     shapes: Mapping[str, tuple[int, int]] | None = None
     fallbacks: tuple[dict[str, str], ...] = ()
+    experts: tuple[int, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """What tells it from all other jobs."""
+        return f"{self.file}#{self.experts[0]}" if self.experts else self.file
 
     def nbytes(self) -> int:
-        """Size of the file."""
+        """Size of the file, or of this part of it."""
         if self.shapes is None:
             return plan_tensors(self.file, self.specs)[1]
         # Names of equal length make headers of equal length: one layer stands for all like it.
         alike = 10 ** (len(str(self.layer)) - 1)
-        return _expert_bytes(alike, self.count, self.fmt, tuple(sorted(self.shapes.items())))
+        shapes = tuple(sorted(self.shapes.items()))
+        size, first, stride = _expert_bytes(alike, self.count, self.fmt, shapes)
+        if not self.experts:
+            return size
+        return stride * len(self.experts) + (first if 0 in self.experts else 0)
 
     def names(self) -> Iterator[str]:
         """Hub names of the tensors in it."""
         if self.shapes is None:
             yield from (spec.name for spec in self.specs)
         else:
-            for expert in range(self.count):
-                yield from (expert_name(self.layer, expert, part) for part in EXPERT_PARTS)
+            for expert in self.experts or range(self.count):
+                yield from self.names_of(expert)
+
+    def names_of(self, expert: int) -> Iterator[str]:
+        """Those of one expert's matrices."""
+        return (expert_name(self.layer, expert, part) for part in EXPERT_PARTS)
 
 
 @lru_cache(maxsize=64)
 def _expert_bytes(
     layer: int, count: int, fmt: str, shapes: tuple[tuple[str, tuple[int, int]], ...]
-) -> int:
-    return plan_experts("", layer, count, fmt, dict(shapes))[1]
+) -> tuple[int, int, int]:
+    """(size of the file, where its first expert begins, bytes from one to the next)."""
+    _, size, layout = plan_experts("", layer, count, fmt, dict(shapes))
+    return size, layout.offset0, layout.stride
+
+
+def split(source: Checkpoint, job: Job) -> list[Job]:
+    """The job in parts that each need other files of the checkpoint: itself, if that is one.
+
+    V2.5 and V2.6 keep some experts of all layers in a file: a layer as a whole needs every file.
+    """
+    if job.shapes is None:
+        return [job]
+    groups: dict[frozenset[str], list[int]] = {}
+    for expert in range(job.count):
+        files = frozenset(source.files_of(job.names_of(expert)))
+        groups.setdefault(files, []).append(expert)
+    if len(groups) == 1:
+        return [job]
+    parts = [replace(job, experts=tuple(experts), fallbacks=()) for experts in groups.values()]
+    return [replace(parts[0], fallbacks=job.fallbacks), *parts[1:]]
+
+
+def checkpoint_notes(source: Checkpoint) -> list[str]:
+    """What people should know of a checkpoint before they use it: whatever of it is not used."""
+    shapes = {name: source.shape(name) for name in source.names()}
+    found = select(source.config, shapes)
+    notes = []
+    if skipped := source.skipped():
+        notes.append(
+            f"{len(skipped)} tensors of vision, audio and speech are left out: only text is read"
+        )
+    promised = source.config.get("num_nextn_predict_layers", 0)
+    if found.unused:
+        notes.append(
+            f"{len(found.unused)} tensors of drafting layers are left out, among them "
+            f"{found.unused[0]}: {found.mtp_layers} drafting layers are used"
+        )
+    elif isinstance(promised, int) and promised > found.mtp_layers:
+        notes.append(
+            f"config.json promises {promised} drafting layers, {found.mtp_layers} are there whole"
+        )
+    return notes
 
 
 def plan_bytes(source: Checkpoint | Mapping[str, Any], recipe: Recipe) -> int:
@@ -71,6 +130,7 @@ def plan_bytes(source: Checkpoint | Mapping[str, Any], recipe: Recipe) -> int:
     """
     if isinstance(source, Checkpoint):
         shapes = {name: source.shape(name) for name in source.names()}
+        shapes = {name: shapes[name] for name in select(source.config, shapes).used}
         stored = {name: source.dtype(name) for name in shapes}
     else:
         shapes = expected(source) | expected_mtp(source)

@@ -108,6 +108,12 @@ class Tally:
         self._formats[name] = fmt
         self._sums.setdefault(name, Sums()).add(sums, times)
 
+    def sums(self) -> dict[str, list[float]]:
+        """Size and error of every matrix so far, as plain data for a later `put`; and forget it."""
+        found = {name: [sums.size, sums.error] for name, sums in self._sums.items()}
+        self._sums.clear()
+        return found
+
     def take(self) -> list[Loss]:
         """What was collected since the last time, by name; experts of a layer together."""
         groups: dict[str, list[str]] = {}

@@ -1,6 +1,6 @@
-"""How far a conversion is, and when the rest will be done.
+"""Bytes of a conversion done, and when the rest will be, told at most ten times a second.
 
-Counts bytes; knows no files. Called by `convert`.
+Knows a clock and names of tensors. Called by `convert` and, piece by piece, by `making`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable
 
 from mimo_local.events import Progress
+from quant.inventory import layer_of
 from quant.pack import OnProgress
 
 
@@ -35,7 +36,7 @@ class Meter:
         self._marks = deque([(self._clock(), self._done)])
 
     def add(self, n: int, stage: str) -> None:
-        """Bytes done just now, and at what."""
+        """Count bytes of this run."""
         self._done += n
         now = self._clock()
         self._marks.append((now, self._done))
@@ -45,7 +46,7 @@ class Meter:
             self._tell(stage, now)
 
     def finish(self) -> None:
-        """All of it is done."""
+        """Say that all is done."""
         self._done = self._total
         self._tell("converted", self._clock())
 
@@ -56,3 +57,11 @@ class Meter:
             rate = (self._done - base) / (now - since) if now > since else 0.0
             eta = (self._total - self._done) / rate if rate > 0 else None
             self._on_progress(Progress(stage, self._done, self._total, eta_s=eta))
+
+
+def stage_of(name: str) -> str:
+    """What is being done with this tensor, for people."""
+    layer = layer_of(name)
+    if layer is not None:
+        return f"converting layer {layer}"
+    return "converting MTP layers" if ".mtp." in name else "converting embedding and head"

@@ -6,13 +6,26 @@ Pure names, without torch: planning for a model that was not downloaded yet star
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 from mimo_local.errors import UsageError
 from quant.inventory import Role
 
 FORMAT_NAMES = ("nf4", "mxfp4", "int8", "bf16", "f32")
 """The keys of `formats.FORMATS`."""
+
+
+def usual(config: Mapping[str, Any]) -> str:
+    """The format a checkpoint is packed in if nobody names one: experts of 4 bits stay as they are.
+
+    V2.6 says in its config.json that its experts are stored as MXFP4.
+    """
+    quantization = config.get("quantization_config")
+    native = isinstance(quantization, Mapping) and quantization.get("store_dtype") == "mxfp4"
+    return "mxfp4" if native else "nf4"
+
 
 _EXACT = {"BF16": "bf16", "F32": "f32"}
 

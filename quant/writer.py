@@ -131,6 +131,47 @@ class _Output:
                 self.part.unlink()
 
 
+class _Places:
+    """A file that is filled place by place, over several runs, as `<name>.part`."""
+
+    def __init__(self, path: Path, total: int) -> None:
+        self.path, self.total, self._written = path, total, 0
+        self._behind: Behind[tuple[memoryview, int, _Crc]] = Behind(self._check, self._store)
+        with writing(path, 0, total):
+            flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC
+            self._fd = os.open(path.with_name(path.name + PART), flags, 0o644)
+            os.ftruncate(self._fd, total)
+
+    def put(self, data: memoryview, offset: int, crc: _Crc) -> None:
+        """Write behind the caller; see `_Output.write`."""
+        self._behind.put((data, offset, crc))
+
+    def _check(self, piece: tuple[memoryview, int, _Crc]) -> None:
+        piece[2].value = zlib.crc32(piece[0])
+
+    def _store(self, piece: tuple[memoryview, int, _Crc]) -> None:
+        data, offset, _ = piece
+        with writing(self.path, self._written, self.total):
+            while data:
+                n = os.pwrite(self._fd, data, offset)
+                self._written += n
+                data, offset = data[n:], offset + n
+
+    def finish(self) -> None:
+        """Return when all is on the disk."""
+        self._behind.finish()
+        with writing(self.path, self._written, self.total):
+            os.fsync(self._fd)
+            sync_folder(self.path.parent)
+
+    def __enter__(self) -> _Places:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self._behind.close()
+        os.close(self._fd)
+
+
 @contextmanager
 def writing(path: Path, done: int, total: int) -> Iterator[None]:
     """Turn what the operating system says about a full or read-only disk into our errors."""
@@ -221,6 +262,63 @@ class PackWriter:
                 out.write(bytes_of(buffers[turn]), crc)
             record = out.commit()
         done = replace(layout, crc32=tuple(crc.value for crc in crcs))
+        return record | {"experts": {str(layer): experts_to_json(done)}}
+
+    def fill(
+        self,
+        planned: tuple[bytes, int, ExpertLayout],
+        experts: Iterable[int],
+        produce: Callable[[int, dict[str, Parts]], None],
+    ) -> dict[str, int]:
+        """Some of a layer's experts into their places in `<file>.part`: durable when this returns.
+
+        Gives each one's CRC-32 by its number, as JSON has it; `close` makes the file of them.
+        """
+        _, size, layout = planned
+        buffers = [torch.zeros(layout.stride, dtype=torch.uint8) for _ in range(BEHIND + 1)]
+        views = [expert_views(buffer, layout) for buffer in buffers]
+        crcs: dict[str, _Crc] = {}
+        with _Places(self.dst / layout.file, size) as out:
+            for i, expert in enumerate(experts):
+                turn = i % len(buffers)
+                produce(expert, views[turn])
+                crcs[str(expert)] = crc = _Crc()
+                out.put(bytes_of(buffers[turn]), layout.offset0 + expert * layout.stride, crc)
+            out.finish()
+        return {expert: crc.value for expert, crc in crcs.items()}
+
+    def close(
+        self,
+        layer: int,
+        planned: tuple[bytes, int, ExpertLayout],
+        crcs: Iterable[int],
+        on_bytes: Callable[[int], None],
+    ) -> Record:
+        """Make the file of which all experts were filled in, after reading it: the file's record.
+
+        PackError if an expert is not what was written, as after a crash of the system.
+        """
+        header, size, layout = planned
+        done = replace(layout, crc32=tuple(crcs))
+        path = self.dst / layout.file
+        part = path.with_name(path.name + PART)
+        sha = hashlib.sha256(header)
+        with writing(path, 0, size), part.open("r+b", buffering=0) as file:
+            file.write(header)
+            buffer = memoryview(bytearray(layout.stride))
+            for expert, crc in enumerate(done.crc32):
+                count = file.readinto(buffer)
+                if count != len(buffer) or zlib.crc32(buffer) != crc:
+                    raise PackError(
+                        f"expert {expert} in {part} is not what was written there",
+                        hint=f"the disk may be damaged; delete {self.dst} to make the pack anew",
+                    )
+                sha.update(buffer)
+                on_bytes(len(buffer))
+            os.fsync(file.fileno())
+            part.replace(path)
+            sync_folder(self.dst)
+        record = {"file": path.name, "bytes": size, "sha256": sha.hexdigest()}
         return record | {"experts": {str(layer): experts_to_json(done)}}
 
     def copy(self, source: Path, name: str | None = None) -> Record:

@@ -99,16 +99,16 @@ class HubServer:
 
     def entries(self) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = [{"type": "directory", "oid": "0" * 40, "path": "sub"}]
-        for path in sorted(self.folder.iterdir()):
-            size = path.stat().st_size
-            if self.lfs(path.name):
-                oid = self.sha256(path.name)
+        for path in sorted(path for path in self.folder.rglob("*") if path.is_file()):
+            size, name = path.stat().st_size, path.relative_to(self.folder).as_posix()
+            if self.lfs(name):
+                oid = self.sha256(name)
                 lfs = {"oid": oid, "size": size, "pointerSize": 134}
                 entry = {"oid": "1" * 40, "lfs": lfs, "xetHash": "2" * 64}
             else:
                 blob = b"blob %d\0" % size + path.read_bytes()
                 entry = {"oid": hashlib.sha1(blob).hexdigest()}
-            found.append({"type": "file", "size": size, "path": path.name, **entry})
+            found.append({"type": "file", "size": size, "path": name, **entry})
         return found
 
     def files(self, kind: str = "") -> list[str]:

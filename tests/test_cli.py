@@ -684,7 +684,7 @@ def test_a_long_conversion_is_confirmed_first(
     import tiny
 
     source = tiny.write(tmp_path / "source")
-    monkeypatch.setattr(packs, "quantize_rate", lambda recipe: 1.0)
+    monkeypatch.setattr(packs, "quantize_rate", lambda recipe, config: 1.0)
     monkeypatch.setattr(sys, "stdin", Stdin(b"n\n", tty=True))
     assert cli.main(["quantize", str(source), str(tmp_path / "pack")]) == ExitCode.INTERRUPTED
     assert not (tmp_path / "pack").exists()

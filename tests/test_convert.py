@@ -110,7 +110,7 @@ def test_large_tensors_go_through_in_row_ranges(
     source: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = stored(convert(source[0], tmp_path / "a").path)
-    monkeypatch.setattr("quant.convert.CHUNK", 5000)
+    monkeypatch.setattr("quant.making.CHUNK", 5000)
     assert stored(convert(source[0], tmp_path / "b").path) == whole
 
 
@@ -150,7 +150,7 @@ def test_mxfp4_passes_through_in_row_ranges(
     name = "model.layers.0.mlp.gate_proj.weight"
     weights = write_mxfp4(tmp_path / "src", config, dense=True)
     whole = stored(convert(tmp_path / "src", tmp_path / "a", Recipe(dense="mxfp4")).path)
-    monkeypatch.setattr("quant.convert.CHUNK", 5000)
+    monkeypatch.setattr("quant.making.CHUNK", 5000)
     pack = convert(tmp_path / "src", tmp_path / "b", Recipe(dense="mxfp4"))
     assert stored(pack.path) == whole
     assert torch.equal(stored_weight(pack, name)[1], weights[name])
@@ -548,7 +548,7 @@ import re, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-import quant.convert
+import quant.making
 from quant.convert import Recipe, convert
 
 def megabytes(field):
@@ -556,7 +556,7 @@ def megabytes(field):
     return int(re.search(field + r":\\s+(\\d+) kB", status)[1]) / 1024
 
 small, large, target = map(Path, sys.argv[1:4])
-quant.convert.CHUNK = int(sys.argv[4])
+quant.making.CHUNK = int(sys.argv[4])
 convert(small, target / "warm")  # libraries and the allocator's reserves are in memory now
 Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
 before = megabytes("VmRSS")

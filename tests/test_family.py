@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import family
 import pytest
 import tiny
 import torch
+from checkpoints import fp8_quantize
 from family import MEMBERS
 from safetensors.torch import load_file, save_file
 from test_mtp import Reference, Sequence
@@ -20,10 +22,12 @@ from mimo_local.experts.store import ExpertStore
 from mimo_local.model import Model, Segment
 from mimo_local.mtp import Drafter
 from mimo_local.weights import Weights, open_weights
+from quant import evidence
 from quant.checkpoint import Checkpoint
 from quant.convert import Recipe, convert
 from quant.inventory import Qkv
-from quant.pack import expert_views
+from quant.jobs import checkpoint_notes
+from quant.pack import Pack, expert_views
 from quant.sources import fits
 
 torch.set_num_threads(1)
@@ -240,3 +244,116 @@ def test_the_real_shapes_decide() -> None:
         assert [n for n in range(1, kv + 1) if fits(qkv, scales, n, 128)] == [tp]
     sliding = Qkv((64 * 192, 8 * 192, 8 * 128), 8)  # whole blocks: its shape tells nothing
     assert [n for n in range(1, 9) if fits(sliding, 116, n, 128)] == [1, 2, 4]
+
+
+# ---- whether scales lie where they should --------------------------------------------------------
+
+
+def layout_of(pack: Pack) -> dict[str, int]:
+    return cast("dict[str, int]", pack.manifest["layout"])
+
+
+def test_the_codes_say_that_the_layout_is_right(written: Written, tmp_path: Path) -> None:
+    """Per full layer and shard: 3 blocks of q, 3 that hold rows of k or v; two column blocks."""
+    member, folder, _, _ = written
+    found = layout_of(convert(folder, tmp_path / "pack"))
+    newer = member in ("MiMo-V2.5", "MiMo-V2.6-Flash")
+    assert found["layers"] == (6 if newer else 2)  # where q, k, v are apart, sliding ones are plain
+    assert found["plain"] == found["full"] and found["shared"] == found["shared_full"]
+    if not newer:
+        assert (found["plain"], found["shared"]) == (2 * 2 * 3 * 2, 2 * 2 * 3 * 2)
+    assert "lie as expected" in evidence.told(found)
+
+
+def test_another_layout_with_the_same_shapes_is_refused(tmp_path: Path) -> None:
+    """K's and V's blocks begin anew with each of them: V's first half has V's own scale then."""
+    folder = tmp_path / "m"
+    d, _ = family.write(folder, "MiMo-V2-Flash", mtp_layers=0)
+    g = torch.Generator().manual_seed(3)
+    path = folder / "model_0.safetensors"
+    tensors = load_file(path)
+    for part, rows, cuts in (("k", 192, (0, 128, 192)), ("v", 128, (0, 128))):
+        name = f"model.layers.0.self_attn.{part}_proj.weight"
+        codes, scales = [], []
+        for _ in range(d["num_key_value_heads"]):
+            w = torch.randn(rows, 256, generator=g)
+            for a, b in itertools.pairwise(cuts):
+                c, s, _ = fp8_quantize(w[a:b])
+                codes.append(c)
+                scales.append(s)
+        tensors |= {name: torch.cat(codes), name + "_scale_inv": torch.cat(scales)}
+    save_file(tensors, path)
+    checkpoint = Checkpoint.open(folder)  # the shapes are right
+    with pytest.raises(CheckpointError, match=r"of 12 blocks reach.* 12 of 12") as e:
+        convert(checkpoint, tmp_path / "pack")
+    assert "v_proj" in str(e.value) and "report" in e.value.hint
+
+
+def test_scales_that_are_powers_of_two_cannot_tell(tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    family.write(folder, "MiMo-V2-Flash", mtp_layers=0)
+    for path in folder.glob("model_?.safetensors"):
+        tensors = load_file(path)
+        for name in [n for n in tensors if "self_attn" in n and n.endswith("_scale_inv")]:
+            weight = tensors[name.removesuffix("_scale_inv")].float()
+            tensors[name.removesuffix("_scale_inv")] = (weight * 0.7).to(torch.float8_e4m3fn)
+        save_file(tensors, path)
+    found = layout_of(convert(folder, tmp_path / "pack"))
+    assert found["full"] == 0 and "could not be checked" in evidence.told(found)
+
+
+# ---- tensors of other models ---------------------------------------------------------------------
+
+
+def add(folder: Path, extra: dict[str, torch.Tensor]) -> None:
+    save_file(extra, folder / "more.safetensors")
+    added = dict.fromkeys(extra, "more.safetensors")
+    reindex(folder, lambda index: index["weight_map"].update(added))
+
+
+def test_an_unknown_tensor_of_the_text_model_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    family.write(folder, "MiMo-V2.5", mtp_layers=0)
+    extra = [f"model.layers.1.self_attn.{n}_norm.weight" for n in "abcdq"]
+    add(folder, {name: torch.ones(192) for name in extra})
+    with pytest.raises(CheckpointError, match=r"a_norm.*b_norm.*c_norm.* and 2 more") as e:
+        convert(folder, tmp_path / "pack")
+    assert e.value.hint
+    with pytest.raises(CheckpointError, match="no model of this kind has"):
+        open_weights(folder)
+
+
+def test_unknown_drafting_tensors_are_left_out_with_a_note(tmp_path: Path) -> None:
+    """They could cost drafts, never answers."""
+    folder = tmp_path / "m"
+    family.write(folder, "MiMo-V2.6-Flash", mtp_layers=2)
+    extra = {
+        "model.mtp.layers.0.new_gate.weight": torch.ones(4),
+        "model.mtp.norm.weight": torch.ones(4),
+    }
+    half = {"model.mtp.layers.2.eh_proj.weight": torch.ones(256, 512)}
+    add(folder, extra | half)
+    checkpoint = Checkpoint.open(folder)
+    notes = checkpoint_notes(checkpoint)
+    assert any(
+        "3 tensors of drafting layers" in n and "2 drafting layers are used" in n for n in notes
+    )
+    pack = convert(checkpoint, tmp_path / "pack")
+    assert not {*extra, *half} & set(pack.tensors)
+    assert open_weights(pack.path).config.n_mtp_layers == 2
+    assert open_weights(folder).config.n_mtp_layers == 2
+
+
+def test_what_is_left_out_is_said(written: Written) -> None:
+    member, folder, _, _ = written
+    notes = checkpoint_notes(Checkpoint.open(folder))
+    if member.startswith("MiMo-V2-Flash"):
+        assert notes == []
+    else:
+        assert notes == ["4 tensors of vision, audio and speech are left out: only text is read"]
+
+
+def test_a_checkpoint_without_drafting_layers_is_said(tmp_path: Path) -> None:
+    family.write(tmp_path / "m", "MiMo-V2.6-Flash", mtp_layers=0)
+    notes = checkpoint_notes(Checkpoint.open(tmp_path / "m"))
+    assert "config.json promises 3 drafting layers, 0 are there whole" in notes

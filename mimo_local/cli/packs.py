@@ -8,9 +8,10 @@ from __future__ import annotations
 import json as jsonlib
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -33,7 +34,13 @@ Target = Annotated[
     Path, typer.Argument(help="folder for the pack, or a name for it", metavar="DST")
 ]
 Format = Annotated[
-    str, typer.Option("--format", help="nf4, mxfp4 (experts, rest int8), int8, bf16", metavar="F")
+    str | None,
+    typer.Option(
+        "--format",
+        help="nf4, mxfp4 (experts, rest int8), int8, bf16; left out: nf4, or mxfp4 where experts "
+        "are stored so",
+        metavar="F",
+    ),
 ]
 NoSearch = Annotated[
     bool, typer.Option("--no-search", help="plain largest-value scales: faster, less exact")
@@ -65,7 +72,7 @@ Mtp = Annotated[str | None, _part("mtp", "the drafting layers")]
 def quantize(
     src: Source,
     dst: Target,
-    format: Format = "nf4",  # noqa: A002 - the option's name
+    format: Format = None,  # noqa: A002 - the option's name
     attention: Attention = None,
     dense: Dense = None,
     head: Head = None,
@@ -81,10 +88,12 @@ def quantize(
     """
     from quant.checkpoint import Checkpoint
     from quant.convert import Recipe, convert
+    from quant.recipe import usual
 
     source, target = Checkpoint.open(src), folder_for(dst)
     parts = {"attention": attention, "dense": dense, "head": head, "embedding": head, "mtp": mtp}
     chosen = {name: value for name, value in parts.items() if value is not None}
+    format = format or usual(source.config)  # noqa: A001
     recipe = replace(Recipe.for_format(format), search=not no_search, **chosen)
     learnt = calibration_of(source, recipe, target) if calibrate else None
     announce(source, recipe, target, learnt, yes=yes)
@@ -98,9 +107,19 @@ def quantize(
     finally:
         status.clear()
     say(f"{amount(pack.nbytes, 'bytes')} written")
+    layout_of(pack)
     report_on(pack, src if measure else None)
     print(target)
     return ExitCode.OK
+
+
+def layout_of(pack: Pack) -> None:
+    """What the conversion found about the layout of FP8 scales, where that was in question."""
+    from quant import evidence
+
+    layout = pack.manifest.get("layout")
+    if layout is not None:
+        say(evidence.told(layout))
 
 
 def report_on(pack: Pack, source: Path | None) -> None:
@@ -141,9 +160,12 @@ def announce(
 ) -> None:
     """Say what will be written and how long it should take; ask first if that is long."""
     from quant.convert import plan_bytes
+    from quant.jobs import checkpoint_notes
 
+    for note in checkpoint_notes(source):
+        say(note)
     weights = sum(_count(source.shape(name)) for name in source.names())
-    seconds = weights / quantize_rate(recipe)
+    seconds = weights / quantize_rate(recipe, source.config)
     if learnt is not None:
         more = learnt.predicted_seconds()
         say(f"calibration reads {len(learnt.ids):,} tokens: about {duration(more)} more")
@@ -155,12 +177,22 @@ def announce(
         typer.confirm("continue?", default=True, abort=True, err=True)
 
 
-def quantize_rate(recipe: Recipe) -> float:
-    """Weights per second this machine quantises in the experts' format, measured on one matrix."""
+def quantize_rate(recipe: Recipe, config: Mapping[str, Any]) -> float:
+    """Weights per second this machine quantises in the experts' format, measured on one matrix.
+
+    Where the experts of the checkpoint that `config` describes are in it already: copies.
+    """
     import torch
 
     from quant.formats import get_format
+    from quant.mxfp4 import swap_nibbles
+    from quant.recipe import usual
 
+    if recipe.experts == usual(config) == "mxfp4":
+        codes = torch.zeros(1 << 24, dtype=torch.uint8)
+        start = time.perf_counter()
+        swap_nibbles(codes)
+        return 2 * codes.numel() / (time.perf_counter() - start)
     chosen = get_format(recipe.experts)
     # 1 M weights: 20 ms in the kernels, a second or two in the torch reference.
     sample = torch.randn(256, 4096, generator=torch.Generator().manual_seed(0))

@@ -87,7 +87,13 @@ KvDtype = Annotated[
 ]
 Pages = Annotated[int, typer.Option("--pages", help="pages of the document to read", metavar="N")]
 Format = Annotated[
-    str, typer.Option("--format", help="nf4 or mxfp4 (experts, rest int8), int8, bf16", metavar="F")
+    str | None,
+    typer.Option(
+        "--format",
+        help="nf4 or mxfp4 (experts, rest int8), int8, bf16; left out: nf4, or mxfp4 where "
+        "experts are stored so",
+        metavar="F",
+    ),
 ]
 Measure = Annotated[bool, typer.Option("--measure", help="measure this RAM and disk, ~2 s")]
 Calibrate = Annotated[
@@ -113,7 +119,7 @@ def plan(
     model: Model = None,
     context: Context = None,
     pages: Pages = 100,
-    format: Format = "nf4",  # noqa: A002 - the option's name
+    format: Format = None,  # noqa: A002 - the option's name
     kv_dtype: KvDtype = None,
     revision: Revision = "main",
     measure: Measure = False,
@@ -203,42 +209,53 @@ def _rate(text: str) -> float:
     return float(found)
 
 
-def subject(model: Path | None, fmt: str) -> tuple[ModelConfig, PackSizes, str]:
+def subject(model: Path | None, fmt: str | None) -> tuple[ModelConfig, PackSizes, str]:
     """(config, bytes, what to call it) of a pack, a checkpoint to be packed, or the real model."""
     from mimo_local.config import ModelConfig
+    from mimo_local.family import member, named
     from mimo_local.sizes import PackSizes
-    from quant.recipe import Recipe
+    from quant.recipe import Recipe, usual
 
-    recipe = Recipe.for_format(fmt)
     if model is None:
+        fmt = fmt or "nf4"
         data = Path(__file__).parent.with_name("real_config.json").read_text(encoding="utf-8")
         config = ModelConfig.from_dict(jsonlib.loads(data))
-        return config, PackSizes.estimate(config, recipe), f"MiMo-V2-Flash, {fmt} pack"
+        sizes = PackSizes.estimate(config, Recipe.for_format(fmt))
+        return config, sizes, f"{member(config)}, {fmt} pack"
     config = ModelConfig.from_dir(model)
     manifest = model / PACK_MANIFEST
     if manifest.is_file():
         found = PackSizes.of_pack(jsonlib.loads(manifest.read_text(encoding="utf-8")))
-        return config, found, f"the pack {model.resolve().name}"
-    return config, PackSizes.estimate(config, recipe), f"{model.resolve().name} as {fmt} pack"
+        return config, found, f"the pack {named(model.resolve().name, config)}"
+    raw = jsonlib.loads((model / "config.json").read_text(encoding="utf-8"))
+    fmt = fmt or usual(raw)
+    sizes = PackSizes.estimate(config, Recipe.for_format(fmt))
+    return config, sizes, f"{named(model.resolve().name, config)} as {fmt} pack"
 
 
-def remote(repo: str, revision: str, fmt: str) -> tuple[ModelConfig, PackSizes, str]:
+def remote(repo: str, revision: str, fmt: str | None) -> tuple[ModelConfig, PackSizes, str]:
     """The same of a checkpoint on the hub: exact, from the headers of its files."""
     from mimo_local.config import ModelConfig
+    from mimo_local.family import named
     from mimo_local.pull.hub import Hub, check_repo
     from mimo_local.pull.remote import exact_sizes, read_remote
     from mimo_local.pull.staging import Staging
-    from quant.recipe import Recipe
+    from quant.jobs import checkpoint_notes
+    from quant.recipe import Recipe, usual
 
-    recipe, nowhere, status = Recipe.for_format(fmt), Staging(Path(check_repo(repo))), Status()
+    nowhere, status = Staging(Path(check_repo(repo))), Status()
     hub = Hub()
     try:
         found = read_remote(hub.snapshot(repo, revision), hub, nowhere, status)
     finally:
         status.clear()
         hub.close()
-    name = f"{repo} at {found.snapshot.commit[:12]} as {fmt} pack"
-    return ModelConfig.from_dict(found.checkpoint.config), exact_sizes(found, recipe), name
+    config = ModelConfig.from_dict(found.checkpoint.config)
+    fmt = fmt or usual(found.checkpoint.config)
+    name = f"{named(repo, config)} at {found.snapshot.commit[:12]} as {fmt} pack"
+    for note in checkpoint_notes(found.checkpoint):
+        say(note)
+    return config, exact_sizes(found, Recipe.for_format(fmt)), name
 
 
 def this_machine(model: Path | None = None, *, measure: bool) -> Budget:

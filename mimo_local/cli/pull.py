@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from mimo_local.pull.run import Options, Pull
 
 REPO = "XiaomiMiMo/MiMo-V2-Flash"
+FORMATS = ("nf4", "mxfp4")  # what `--format` may mean if it is left out
 LINE_S = 1.0  # between two lines of progress in --json
 
 Repo = Annotated[str, typer.Argument(help="repository on the hub, as owner/name", metavar="REPO")]
@@ -63,7 +64,7 @@ Yes = Annotated[bool, typer.Option("-y", "--yes", help="do not ask")]
 
 def pull(
     repo: Repo = REPO,
-    format: packs.Format = "nf4",  # noqa: A002 - the option's name
+    format: packs.Format = None,  # noqa: A002 - the option's name
     to: To = None,
     keep_source: Keep = False,
     revision: Revision = None,
@@ -82,18 +83,21 @@ def pull(
     on the disk at a time. HF_TOKEN, HF_ENDPOINT and HTTPS_PROXY are respected.
     """
     from mimo_local.pull.hub import check_repo
-    from mimo_local.pull.run import Options
+    from mimo_local.pull.run import Options, usual_format
     from quant.recipe import Recipe
 
     check_repo(repo)
-    recipe = replace(Recipe.for_format(format), search=not no_search)
-    target = packs.folder_for(to or Path(f"{repo.rpartition('/')[2]}-{format}"))
-    options = Options(
-        repo, recipe, revision, keep=keep_source, connections=connections,
-        rate=_rate(rate_limit), offline=offline or _hub_is_offline(), restart=restart,
-    )  # fmt: skip
+    offline = offline or _hub_is_offline()
+    places = {f: packs.folder_for(to or Path(f"{repo.rpartition('/')[2]}-{f}")) for f in FORMATS}
     tell = _Teller(json)
     try:
+        chosen = format or usual_format(repo, revision, list(places.values()), offline=offline)
+        recipe = replace(Recipe.for_format(chosen), search=not no_search)
+        target = packs.folder_for(to or Path(f"{repo.rpartition('/')[2]}-{chosen}"))
+        options = Options(
+            repo, recipe, revision, keep=keep_source, connections=connections,
+            rate=_rate(rate_limit), offline=offline, restart=restart,
+        )  # fmt: skip
         return _pull(options, target.absolute(), tell, dry_run=dry_run, yes=yes)
     except MimoError as error:
         tell("error", message=error.message, hint=error.hint)
@@ -130,6 +134,7 @@ def _pull(options: Options, target: Path, tell: _Teller, *, dry_run: bool, yes: 
                 pack = found.run(shown)
         finally:
             found.close()
+    packs.layout_of(pack)
     _finished(target, pack.nbytes, tell)
     return ExitCode.OK
 
@@ -163,7 +168,8 @@ def _figures(found: Pull) -> dict[str, Any]:
     need, free = found.space
     to_fetch, weights = found.to_fetch, found.weights_left
     rate = found.measured_rate() if to_fetch else math.inf
-    convert_rate = packs.quantize_rate(found.options.recipe)
+    config = found.remote.checkpoint.config
+    convert_rate = packs.quantize_rate(found.options.recipe, config)
     sizes = {file.name: found.staging.missing(file) for file in found.remote.shards}
     took = seconds(found.order, sizes, rate, convert_rate) if rate else math.inf
     snapshot = found.remote.snapshot
@@ -201,6 +207,7 @@ def _fit(found: Pull) -> Plan:
 
 def _text(found: Pull, figures: dict[str, Any], fit: Plan) -> str:
     from mimo_local.cli import plan_text
+    from quant.jobs import checkpoint_notes
 
     def gb(key: str) -> str:
         return amount(figures[key], "bytes")
@@ -220,8 +227,7 @@ def _text(found: Pull, figures: dict[str, Any], fit: Plan) -> str:
         " (estimated)",
         f"  disk     {gb('disk_needed')} more (pack and {kept}), {gb('disk_free')} free",
     ]
-    if figures["skipped_tensors"]:
-        lines.append(f"  skipped  {figures['skipped_tensors']} tensors of vision and audio")
+    lines += [f"  note     {note}" for note in checkpoint_notes(found.remote.checkpoint)]
     name = f"{figures['repo'].rpartition('/')[2]}, as this pack"
     lines += ["", plan_text.plan(fit, name)]
     lines += [f"{p.message}; {p.hint}" for p in fit.problems]

@@ -96,19 +96,26 @@ def _order(steps: tuple[Step, ...], sizes: Mapping[str, int]) -> Order:
 
 
 def _greedy(steps: Sequence[Step], sizes: Mapping[str, int]) -> list[Step]:
-    """Always the step after which the fewest bytes stay, then the one that adds the fewest."""
+    """Always the steps after which the fewest bytes stay, then those that add the fewest.
+
+    Steps of the same files are done together: V2.6 has 3000 steps and 65 files.
+    """
     left, here = _uses(steps), set[str]()
-    waiting, ordered = list(steps), list[Step]()
+    waiting: dict[frozenset[str], list[Step]] = {}
+    for step in steps:
+        waiting.setdefault(step.needs, []).append(step)
+    ordered = list[Step]()
     while waiting:
 
-        def cost(step: Step, here: set[str] = here) -> tuple[int, int]:
-            new = sum(sizes[file] for file in step.needs - here)
-            return new - sum(sizes[file] for file in step.needs if left[file] == 1), new
+        def cost(needs: frozenset[str], here: set[str] = here) -> tuple[int, int]:
+            new = sum(sizes[file] for file in needs - here)
+            last = len(waiting[needs])
+            return new - sum(sizes[file] for file in needs if left[file] == last), new
 
         best = min(waiting, key=cost)
-        waiting.remove(best)
-        ordered.append(best)
-        here |= best.needs
-        for file in best.needs:
-            left[file] -= 1
+        done = waiting.pop(best)
+        ordered += done
+        here |= best
+        for file in best:
+            left[file] -= len(done)
     return ordered

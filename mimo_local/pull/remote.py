@@ -58,12 +58,7 @@ def read_remote(
 
     `hub` None: only what was kept.
     """
-    config = _json(snapshot, hub, staging, "config.json")
-    if config is None:
-        raise CheckpointError(
-            f"{snapshot.repo} has no config.json",
-            hint="name a repository that holds a MiMo-V2 checkpoint as safetensors",
-        )
+    config = stored_config(snapshot, hub, staging)
     index = _json(snapshot, hub, staging, INDEX)
     # Folders below (a drafter, an audio tokenizer) hold other models.
     listing = {name for name in snapshot.files if name.endswith(".safetensors") and "/" not in name}
@@ -75,6 +70,17 @@ def read_remote(
     wanted = [*copied(snapshot.files), *([INDEX] if index is not None else [])]
     small = tuple(snapshot.files[name] for name in wanted)
     return Remote(snapshot, checkpoint, shards, small)
+
+
+def stored_config(snapshot: Snapshot, hub: Hub | None, staging: Staging) -> dict[str, Any]:
+    """The parsed config.json; what `staging` kept is not asked for again."""
+    config = _json(snapshot, hub, staging, "config.json")
+    if config is None:
+        raise CheckpointError(
+            f"{snapshot.repo} has no config.json",
+            hint="name a repository that holds a MiMo-V2 checkpoint as safetensors",
+        )
+    return config
 
 
 def exact_sizes(remote: Remote, recipe: Recipe) -> PackSizes:

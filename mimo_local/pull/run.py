@@ -23,14 +23,14 @@ from mimo_local.events import Progress
 from mimo_local.pull.fetch import CONNECTIONS, Fetcher
 from mimo_local.pull.hub import Hub, RemoteFile, Snapshot
 from mimo_local.pull.order import Order, arrange
-from mimo_local.pull.remote import Remote, read_remote
+from mimo_local.pull.remote import Remote, read_remote, stored_config
 from mimo_local.pull.staging import Staging
 from mimo_local.pull.supply import Supply, steps_of
 from mimo_local.sizes import gb
-from quant.convert import SPARE, check_target, checked_jobs, convert
-from quant.jobs import Job
+from quant.convert import SPARE, check_target, checked_jobs, convert, finished
+from quant.jobs import Job, split
 from quant.pack import JOURNAL, Pack
-from quant.recipe import Recipe
+from quant.recipe import Recipe, usual
 from quant.writer import MANIFEST
 
 PROBE_S: Final = 1.5
@@ -63,6 +63,7 @@ class Pull:
     hub: Hub | None
     remote: Remote
     jobs: list[Job]
+    """Those of a layer whose experts lie in several files: one for each of these."""
     order: Order
     """Of what is left to do."""
     resumed: bool
@@ -97,9 +98,10 @@ class Pull:
             if not dry and known is None:
                 staging.pin(snapshot, options.revision or BRANCH)
             remote = read_remote(snapshot, hub, staging, on_progress)
-            jobs = checked_jobs(remote.checkpoint, options.recipe)
-            done = set() if dry and options.restart else finished(target, jobs)
-            order = arrange(steps_of(remote, [job for job in jobs if job.file not in done]),
+            whole = checked_jobs(remote.checkpoint, options.recipe)
+            jobs = [part for job in whole for part in split(remote.checkpoint, job)]
+            done = set() if dry and options.restart else kept(target, jobs)
+            order = arrange(steps_of(remote, [job for job in jobs if job.key not in done]),
                             {file.name: file.size for file in remote.shards})  # fmt: skip
             self = cls(options, target, staging, hub, remote, jobs, order, resumed, notes)
             if options.offline:
@@ -132,7 +134,7 @@ class Pull:
     def pack_left(self) -> int:
         """Bytes of it that are still to be written."""
         left = {step.name for step in self.order.steps}
-        return sum(job.nbytes() for job in self.jobs if job.file in left)
+        return sum(job.nbytes() for job in self.jobs if job.key in left)
 
     @property
     def source_room(self) -> int:
@@ -240,6 +242,30 @@ class Pull:
             )
 
 
+def usual_format(repo: str, revision: str | None, places: Iterable[Path], *, offline: bool) -> str:
+    """The format to pack a repository in if nobody names one.
+
+    By its config.json: that of a pack or an unfinished pull in `places`, or the hub's;
+    DownloadError.
+    """
+    for place in places:
+        with suppress(OSError, ValueError):
+            if (place / MANIFEST).exists():
+                return usual(dict(json.loads((place / "config.json").read_text("utf-8"))))
+        staging = _staging_of(place)
+        known = staging.pinned()
+        if known is not None and known[0].repo == repo:
+            return usual(stored_config(known[0], None, staging))
+    if offline:
+        return usual({})
+    hub = Hub()
+    try:
+        snapshot = hub.snapshot(repo, revision or BRANCH)
+        return usual(stored_config(snapshot, hub, Staging(Path(repo))))
+    finally:
+        hub.close()
+
+
 def already_there(target: Path, recipe: Recipe) -> Pack | None:
     """The finished pack in `target`, if there is one; UsageError if it was made otherwise."""
     if not (target / MANIFEST).exists():
@@ -268,16 +294,14 @@ def _tidy(staging: Staging) -> None:
             staging.close()
 
 
-def finished(target: Path, jobs: Iterable[Job]) -> set[str]:
-    """Files of the pack that an earlier run finished; only looks."""
-    done = set()
+def kept(target: Path, jobs: Iterable[Job]) -> set[str]:
+    """Keys of the jobs that an earlier run did; only looks."""
+    records = []
     with suppress(OSError):
         for line in (target / JOURNAL).read_text(encoding="utf-8", errors="replace").splitlines():
-            with suppress(ValueError, KeyError, TypeError, OSError):
-                record = json.loads(line)
-                if (target / record["file"]).stat().st_size == record["bytes"]:
-                    done.add(record["file"])
-    return done & {job.file for job in jobs}
+            with suppress(ValueError):
+                records += [record] if isinstance(record := json.loads(line), dict) else []
+    return set(finished(target, records, jobs))
 
 
 def _clear(staging: Staging, target: Path) -> None:

@@ -34,7 +34,7 @@ def steps_of(remote: Remote, jobs: Iterable[Job]) -> list[Step]:
     for job in jobs:
         names = list(job.names())
         weight = sum(math.prod(checkpoint.shape(name)) for name in names)
-        steps.append(Step(job.file, frozenset(checkpoint.files_of(names)), weight))
+        steps.append(Step(job.key, frozenset(checkpoint.files_of(names)), weight))
     return steps
 
 
@@ -68,7 +68,7 @@ class Supply:
     def order(self, jobs: list[Job], done: Iterable[str]) -> list[Job]:
         """Begin to fetch what the jobs not done need; jobs in the order it comes."""
         done = set(done)
-        left = [self._steps[job.file] for job in jobs if job.file not in done]
+        left = [self._steps[job.key] for job in jobs if job.key not in done]
         self._left = {step.name for step in left}
         order = arrange(left, self._sizes)
         for step in left:
@@ -87,19 +87,19 @@ class Supply:
         if not left:
             self._fetch_rest()
         place = {step.name: i for i, step in enumerate(order.steps)}
-        return sorted(jobs, key=lambda job: place.get(job.file, -1))
+        return sorted(jobs, key=lambda job: place.get(job.key, -1))
 
     def need(self, job: Job) -> None:
         """Wait for the job's files."""
         self._stage = f"fetching {_what(job)}"
-        self._fetcher.wait(self._steps[job.file].needs, self.tick)
+        self._fetcher.wait(self._steps[job.key].needs, self.tick)
 
     def done(self, job: Job) -> None:
         """Take away what no other job needs."""
-        if job.file not in self._left:
+        if job.key not in self._left:
             return
-        self._left.discard(job.file)
-        for name in self._steps[job.file].needs:
+        self._left.discard(job.key)
+        for name in self._steps[job.key].needs:
             self._uses[name] -= 1
             if self._uses[name] == 0 and not self._keep:
                 self._staging.drop(self._files[name])
