@@ -1,14 +1,15 @@
 """Is what pip installs whole? A wheel is built as a stranger's pip would, installed and used.
 
-    python .ci/wheel.py VENV
+    python .ci/wheel.py build OUT    # OUT: a folder for the wheel and, unpacked, its library
+    python .ci/wheel.py use OUT
 
-VENV: a virtual environment that has the dependencies (`make wheel` passes the one of `make test`,
-where the package itself is installed in place). The wheel is built with build isolation from a copy
-of the tracked files, installed under the constraints into a new environment that sees VENV's
-packages but not its editable install nor this folder, and used from elsewhere: names of all files,
-`mimo --version`, `--help`, `doctor`, recipes, a tiny checkpoint quantised, measured and asked, the
-window opened. Then once more without a compiler: it must install all the same and say what is
-missing. Prints what it did; the first thing that is wrong ends it.
+`build` takes a copy of the tracked files, builds with build isolation and compares: every file of
+the packages is in the wheel, and the library, and nothing else. `use` installs it under the
+constraints into a new environment that sees the packages of the one this script runs in, but not
+its editable install nor this folder, and works with it from elsewhere: every module imported,
+`mimo --version`, `--help`, `doctor`, recipes, the window, a tiny checkpoint quantised, verified,
+measured and asked. Then once more without a compiler: it must build and install all the same, say
+what is missing, and answer. Called by .ci/run and `make wheel`; what is wrong first ends it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,7 +53,7 @@ for name in ("mimo_local", "quant", "tui"):
     package = importlib.import_module(name)
     found = [name]
     for module in pkgutil.walk_packages(package.__path__, name + "."):
-        if not module.name.endswith("__main__"):
+        if not module.name.endswith((".__main__", ".libmimo_kernels")):
             found.append(module.name)
     for module in map(importlib.import_module, found):
         assert Path(module.__file__).is_relative_to(home), module.__file__
@@ -95,17 +95,17 @@ asyncio.run(look())
 class Environment:
     """A new virtual environment with one wheel in it, used from a folder that holds nothing."""
 
-    def __init__(self, base: Path, dependencies: Path, wheel: Path) -> None:
+    def __init__(self, base: Path, wheel: Path) -> None:
         self.folder, self.elsewhere = base / "venv", base / "elsewhere"
         self.elsewhere.mkdir(parents=True)
-        call([dependencies, "-m", "venv", "--without-pip", self.folder])
+        call([sys.executable, "-m", "venv", "--without-pip", self.folder])
         self.python = self.folder / "bin" / "python"
         ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
         there, here = (
-            Path(call([python, "-c", ask]).strip()) for python in (dependencies, self.python)
+            call([python, "-c", ask]).strip() for python in (sys.executable, self.python)
         )
         # A folder on the path: its modules are seen, its .pth files (the editable install) are not.
-        (here / "dependencies.pth").write_text(f"{there}\n", encoding="utf-8")
+        Path(here, "dependencies.pth").write_text(f"{there}\n", encoding="utf-8")
         self.env = {
             name: value
             for name, value in os.environ.items()
@@ -113,7 +113,7 @@ class Environment:
         } | {"MIMO_HOME": str(base / "home"), "PYTHONWARNINGS": "error::ResourceWarning"}
         # No index: that every dependency is met by what the tests ran with is part of the check.
         call([
-            *(dependencies, "-m", "pip", "--disable-pip-version-check", "--python", self.python),
+            *(sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", self.python),
             *("install", "--quiet", "--no-index", "-c", ROOT / "constraints.txt", wheel),
         ])  # fmt: skip
 
@@ -157,12 +157,18 @@ def tracked() -> list[str]:
     return sorted(str(p) for p in found if not products & {*p.parts} and p.suffix != ".so")
 
 
-def build(tree: Path, dependencies: Path, out: Path, env: dict[str, str] | None = None) -> Path:
-    """The wheel of a tree, made by pip with build isolation."""
-    pip = [dependencies, "-m", "pip", "--disable-pip-version-check", "wheel", "--quiet"]
-    call([*pip, "--no-deps", "-c", ROOT / "constraints.txt", "-w", out, tree], env=env)
+def build(out: Path, env: dict[str, str] | None = None) -> tuple[Path, list[str]]:
+    """The wheel, made by pip with build isolation, and the names of the files it was made of."""
+    files, pip = tracked(), [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel"]
+    with tempfile.TemporaryDirectory(prefix="mimo-tree-") as folder:
+        for name in files:
+            target = Path(folder, name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, target)
+        options = ["--quiet", "--no-deps", "-c", ROOT / "constraints.txt", "-w", out]
+        call([*pip, *options, folder], env=env)
     (wheel,) = out.glob("*.whl")
-    return wheel
+    return wheel, files
 
 
 def compare(wheel: Path, files: Sequence[str], *, native: bool) -> None:
@@ -176,8 +182,9 @@ def compare(wheel: Path, files: Sequence[str], *, native: bool) -> None:
     assert names == wanted, f"missing {sorted(wanted - names)}, too many {sorted(names - wanted)}"
 
 
-def use(env: Environment, dependencies: Path, scratch: Path) -> None:
-    """Everything a user would, with a model of a few hundred kilobytes."""
+def use(wheel: Path, scratch: Path) -> Path:
+    """Everything a user would, with a model of a few hundred kilobytes: its pack."""
+    env = Environment(scratch / "a", wheel)
     version = env.mimo("--version")
     assert re.fullmatch(r"mimo \d+\.\d+\.\d+\S*\n", version), version
     assert "summarize" in env.mimo("--help")
@@ -186,41 +193,44 @@ def use(env: Environment, dependencies: Path, scratch: Path) -> None:
     print(env.run(LOOK, env.folder, ROOT, "native").strip())
     assert "contract" in env.mimo("run", "--list")
     env.run(WINDOW)
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    call(
-        [dependencies, "-c", MAKE_CHECKPOINT, scratch], env=os.environ | {"PYTHONPATH": path}
-    )  # the one thing that comes from the tests
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])  # the one thing from the tests
+    call([sys.executable, "-c", MAKE_CHECKPOINT, scratch], env=os.environ | {"PYTHONPATH": path})
     pack, checkpoint = scratch / "pack", scratch / "checkpoint"
     env.mimo("quantize", checkpoint, pack, "--yes")
     env.mimo("verify", pack)
     env.mimo("measure", pack, checkpoint, "--json")
     answer = env.mimo("chat", "-m", pack, "--max-tokens", "12", "--seed", "1", "Is anybody there?")
     assert answer.strip(), "no answer"
+    return pack
+
+
+def without_a_compiler(pack: Path, scratch: Path) -> None:
+    """It builds, installs, says what is missing and answers."""
+    none = os.environ | {"CXX": "/nonexistent/c++", "CC": "/nonexistent/cc"}
+    wheel, files = build(scratch / "bare", none)
+    compare(wheel, files, native=False)
+    env = Environment(scratch / "b", wheel)
+    kernels = env.doctor()["kernels"]
+    assert "reference" in kernels["in use"] and "C++ compiler" in kernels["because"], kernels
+    env.mimo("chat", "-m", pack, "--max-tokens", "2", "Is anybody there?")
 
 
 def main() -> None:
-    """Build, compare, install, use; with the compiler of this machine and without one."""
-    dependencies = Path(sys.argv[1]).absolute() / "bin" / "python"
-    begun = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="mimo-wheel-") as folder:
-        scratch, files = Path(folder), tracked()
-        for name in files:
-            (scratch / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, scratch / "tree" / name)
-        wheel = build(scratch / "tree", dependencies, scratch / "dist")
+    """`build OUT` or `use OUT`."""
+    what, out = sys.argv[1], Path(sys.argv[2]).absolute()
+    if what == "build":
+        wheel, files = build(out)
         compare(wheel, files, native=True)
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extract(LIBRARY, out)
         print(f"{wheel.name}: {wheel.stat().st_size / 1e6:.1f} MB, whole")
-        use(Environment(scratch / "a", dependencies, wheel), dependencies, scratch)
-        print(f"installed and used ({time.monotonic() - begun:.0f} s)")
-        shutil.rmtree(scratch / "tree" / "build")
-        none = os.environ | {"CXX": "/nonexistent/c++", "CC": "/nonexistent/cc"}
-        bare = build(scratch / "tree", dependencies, scratch / "bare", none)
-        compare(bare, files, native=False)
-        env = Environment(scratch / "b", dependencies, bare)
-        kernels = env.doctor()["kernels"]
-        assert "reference" in kernels["in use"] and "C++ compiler" in kernels["because"], kernels
-        env.mimo("chat", "-m", scratch / "pack", "--max-tokens", "2", "Is anybody there?")
-        print(f"and without a compiler ({time.monotonic() - begun:.0f} s)")
+        return
+    with tempfile.TemporaryDirectory(prefix="mimo-wheel-") as folder:
+        (wheel,) = out.glob("*.whl")
+        pack = use(wheel, Path(folder))
+        print("installed and used")
+        without_a_compiler(pack, Path(folder))
+        print("and without a compiler")
 
 
 if __name__ == "__main__":
