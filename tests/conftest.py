@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,15 +17,38 @@ from demo_fixtures import (  # noqa: F401  (fixtures)
     demo_pack_dir,
     demo_source,
 )
+from together import SHARED
 
 sys.path.append(str(Path(__file__).parent / "server"))  # its helpers, for bench scripts' tests too
 GOLDEN = Path(__file__).parent / "golden"
+LONG = (
+    *("test_kernels.py", "test_sim_device.py", "test_demo_model.py", "test_end_to_end.py"),
+    *("test_demo_server.py", "test_pull.py", "test_drafting.py", "test_demo.py", "test_convert.py"),
+    *("test_killed.py", "test_pull_killed.py", "test_soak.py", "test_clients.py"),
+)
+"""With several workers these files are begun first, so that none of them is left for the end."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--update-golden", action="store_true", help="rewrite the golden files instead of comparing"
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # the one process, or the one that starts the workers
+        os.environ[SHARED] = tempfile.mkdtemp(prefix="mimo-tests-")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ.pop(SHARED), ignore_errors=True)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):
+        place = {name: i for i, name in enumerate(LONG)}
+        items.sort(key=lambda item: place.get(item.path.name, len(LONG)))
 
 
 @pytest.fixture(autouse=True)

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from together import one_at_a_time, shared_folder
 
 from mimo_local.demo import build, fetch
 from mimo_local.demo.rewrite import Layout, write_checkpoint
@@ -183,38 +184,38 @@ def llama_of(source: Source) -> Any:
 
 
 @pytest.fixture(scope="session")
-def demo_downloads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def demo_downloads() -> Path:
     """Where the 98 MB file is kept: MIMO_DEMO_CACHE, or this session's folder."""
     kept = os.environ.get("MIMO_DEMO_CACHE")
-    return Path(kept) if kept else tmp_path_factory.mktemp("demo-downloads")
+    return Path(kept) if kept else shared_folder() / "demo-downloads"
 
 
 @pytest.fixture(scope="session")
 def demo_source(demo_downloads: Path) -> Source:
     """The original model; the tests that need it are skipped where it cannot be fetched."""
     try:
-        return fetch.open_source(demo_downloads)
+        with one_at_a_time(shared_folder() / "demo-downloads.lock"):
+            return fetch.open_source(demo_downloads)
     except DownloadError as error:
         pytest.skip(f"the demo model is not here and cannot be fetched: {error}")
 
 
 @pytest.fixture(scope="session")
-def demo_cache(
-    demo_source: Source, demo_downloads: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Path]:
-    """A cache folder for `demo_pack(cache_dir=...)` that has the download but no pack yet."""
-    cache = tmp_path_factory.mktemp("demo-cache")
-    folder = build.demo_folder(cache)
-    folder.mkdir()
-    (folder / "download").symlink_to(demo_downloads.resolve())
-    yield cache
-    shutil.rmtree(cache)
+def demo_cache(demo_source: Source, demo_downloads: Path) -> Path:
+    """A cache folder for `demo_pack(cache_dir=...)`, the same for all processes of the session."""
+    cache = shared_folder() / "demo-cache"
+    with one_at_a_time(shared_folder() / "demo-cache.lock"):
+        folder = build.demo_folder(cache)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "download").exists():
+            (folder / "download").symlink_to(demo_downloads.resolve())
+    return cache
 
 
 @pytest.fixture(scope="session")
 def demo_pack_dir(demo_cache: Path) -> Path:
-    """The shipped demo pack (variant swa, int8), built by today's code."""
-    return build.demo_pack(cache_dir=demo_cache)
+    """The shipped demo pack (variant swa, int8), built by today's code, once for all processes."""
+    return build.demo_pack(cache_dir=demo_cache)  # another process that builds it is waited for
 
 
 @pytest.fixture(scope="session")

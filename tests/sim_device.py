@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from together import one_at_a_time
 
 SOURCE = Path(__file__).with_name("sim") / "simdev.cpp"
 
@@ -59,13 +60,14 @@ def build() -> Path:
     )
     folder.mkdir(mode=0o700, exist_ok=True)
     target = folder / f"simdev-{key}.so"
-    if not target.exists():
-        include = [f"-I{root / 'include'}", f"-I{root / 'include/torch/csrc/api/include'}"]
-        part = target.with_name(f"{target.name}.{os.getpid()}")
-        command = [compiler, "-O1", "-std=c++20", "-shared", "-fPIC", *include, str(SOURCE)]
-        command += [f"-L{root / 'lib'}", "-lc10", "-ltorch_cpu", "-o", str(part)]
-        subprocess.run(command, check=True, capture_output=True, text=True)
-        part.replace(target)
+    with one_at_a_time(folder / "lock"):
+        if not target.exists():
+            include = [f"-I{root / 'include'}", f"-I{root / 'include/torch/csrc/api/include'}"]
+            part = target.with_name(f"{target.name}.{os.getpid()}")
+            command = [compiler, "-O1", "-std=c++20", "-shared", "-fPIC", *include, str(SOURCE)]
+            command += [f"-L{root / 'lib'}", "-lc10", "-ltorch_cpu", "-o", str(part)]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+            part.replace(target)
     return target
 
 

@@ -623,7 +623,7 @@ def native(request: pytest.FixtureRequest) -> Path:
     if compiler is None:
         pytest.skip("no C++ compiler")
     files = sorted([*(SOURCES / "src").iterdir(), *NATIVE.iterdir()])
-    flags = ["-std=c++20", "-O1", "-g1", "-ffp-contract=off", "-pthread"]
+    flags = ["-std=c++20", "-Og", "-g1", "-ffp-contract=off", "-pthread"]
     flags += ["-Wall", "-Wextra", "-Werror"]
     flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     state = hashlib.sha256(" ".join([compiler, *flags]).encode())
