@@ -88,17 +88,7 @@ def convert(
         used += sum(job.nbytes() for job in apart) + (calibration.nbytes if calibration else 0)
         meter = Meter(used, on_progress)
         maker = Maker(source, recipe, meter, cancel, Scratch(), calibration)
-        for unit in supply.order(units, done) if supply else units:
-            maker.kept = f"{len(done)} of {len(units)} files"
-            if unit.key in done:
-                meter.skip(sum(source.stored_bytes(name) for name in unit.names()))
-            else:
-                if supply:
-                    supply.need(unit)
-                done[unit.key] = maker.write(unit, writer)
-                journal.add(done[unit.key])
-            if supply:
-                supply.done(unit)
+        _do(supply.order(units, done) if supply else units, done, maker, writer, journal, supply)
         for job in apart:
             if job.file not in done:
                 done[job.file] = maker.close(job, [done[u.key] for u in parts[job.file]], writer)
@@ -113,6 +103,28 @@ def convert(
         calibration.finish()
     meter.finish()
     return Pack.open(target)
+
+
+def _do(
+    units: list[Job],
+    done: dict[str, Record],
+    maker: Maker,
+    writer: PackWriter,
+    journal: Journal,
+    supply: Supply | None,
+) -> None:
+    """Make what is not in `done` yet, unit after unit, and note it there and in the journal."""
+    for unit in units:
+        maker.kept = f"{len(done)} of {len(units)} files"
+        if unit.key in done:
+            maker.meter.skip(sum(maker.source.stored_bytes(name) for name in unit.names()))
+        else:
+            if supply:
+                supply.need(unit)
+            done[unit.key] = maker.write(unit, writer)
+            journal.add(done[unit.key])
+        if supply:
+            supply.done(unit)
 
 
 class Supply(Protocol):

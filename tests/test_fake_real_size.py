@@ -91,6 +91,9 @@ class Host(Store):
     def mlps(self, layer: int) -> Any:
         raise AssertionError
 
+    def stream(self, *_: Any, **__: Any) -> Any:
+        raise AssertionError
+
     def held(self, layer: int, e: int) -> Expert | None:
         return Blank().expert(layer, e)
 
