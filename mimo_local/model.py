@@ -51,16 +51,17 @@ class Model:
         *,
         devices: Devices | None = None,
         hidden_budget: int | None = None,
+        device_budget: int | None = None,
         on_progress: OnProgress | None = None,
     ) -> None:
         """Read everything but the experts; their store is already loaded.
 
-        `devices`: where layers and head run, None: all on the host. `hidden_budget`: bytes of a
-        long prompt's hidden states, see `prefill.How`.
+        `devices`: where layers and head run, None: all on the host. `hidden_budget` and
+        `device_budget`: bytes of a long prompt's hidden states here and there, see `prefill.How`.
         """
         config = self.config = weights.config
         self.devices = devices or Devices.all_on(HOST, config.n_layers)
-        self.experts, self.hidden_budget = experts, hidden_budget
+        self.experts, self.hidden_budget, self.device_budget = experts, hidden_budget, device_budget
         self.embedding = weights.embedding("model.embed_tokens.weight")
         self.layers: list[Layer] = []
         for spec, where in zip(config.layers, self.devices.layers, strict=True):
@@ -210,7 +211,7 @@ class Model:
         ids, total = segment.ids, segment.ids.shape[0]
         if total >= layer_major_from and self.config.is_moe:
             self._check([segment])
-            how = how or prefill.How(chunk, self.hidden_budget)
+            how = how or prefill.How(chunk, self.hidden_budget, device_budget=self.device_budget)
             reader = prefill.Reader(
                 self.layers, self.embedding, self.ropes, segment.cache, how,
                 on_progress=on_progress, cancel=cancel,

@@ -20,6 +20,7 @@ from mimo_local.experts.tiered import TieredStore
 from mimo_local.hardware import Gpu
 from mimo_local.model import Segment
 from mimo_local.placing import Card, Placed
+from mimo_local.plan.residents import hidden_bytes
 from mimo_local.prefill import Room
 from mimo_local.runs import recent
 from mimo_local.sampler import SamplingParams
@@ -115,12 +116,10 @@ def test_a_prompt_passes_in_as_many_rows_as_planned(pack: Path, card: None, rows
     weights = open_weights(pack)
     found = placing.place(pack, weights, Settings(device="cuda", context=64), torch.bfloat16).plan
     assert found is not None
-    there = dataclasses.replace(found.device, rows=rows)
-    made = dataclasses.replace(found, placement=dataclasses.replace(found.placement, device=there))
-    budget = loading.prompt_budget(weights.config, made)
-    assert budget is not None
+    assert found.device.hidden == hidden_bytes(weights.config, found.device.rows)
+    budget = hidden_bytes(weights.config, rows)
     for n in (1, rows - 1, rows, rows + 1, 3 * rows, 10 * rows + 7):
-        assert Room.plan(n, 64, 2, budget).passes == -(-n // rows)
+        assert Room(1, False).on_device(n, 64, 2, budget).passes == -(-n // rows)
 
 
 def test_ram_is_planned_without_what_lies_on_the_device(

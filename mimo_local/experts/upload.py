@@ -34,6 +34,7 @@ class Slot:
         self.host = host_buffer((nbytes,), torch.uint8, device)
         self.there = torch.empty((nbytes,), dtype=torch.uint8, device=device)
         self.arrived, self.used = Mark(device), Mark(device)
+        self.used.set()  # this memory may be what work already queued still reads
         self.filled = 0
         """Bytes of the expert in `host`."""
         self.parts: dict[str, dict[str, torch.Tensor]] = {}
