@@ -21,6 +21,7 @@ from mimo_local.device import Devices
 from mimo_local.errors import NotEnoughMemoryError, UsageError
 from mimo_local.events import Progress
 from mimo_local.experts.device_store import DeviceStore
+from mimo_local.experts.device_sweep import DeviceSweep
 from mimo_local.experts.memory import available_memory
 from mimo_local.experts.opening import open_store
 from mimo_local.experts.store import Store
@@ -85,7 +86,8 @@ def load(settings: Settings, on_event: Callable[[Progress], None] | None = None)
             weights,
             experts,
             devices=placed.devices,
-            hidden_budget=prompt_budget(weights.config, made),
+            hidden_budget=None if made is None else made.hidden_budget_bytes,
+            device_budget=None if made is None else made.device.hidden,
             on_progress=on_event,
         )
         drafter = None
@@ -143,7 +145,10 @@ def open_experts(
         prefetch=settings.prefetch,
         on_progress=on_event,
     )
-    return inner if device is None or not layers else DeviceStore(inner, tier, device, layers)
+    if device is None or not layers:
+        return inner
+    prompts = DeviceSweep.of(inner, tier, device, weights)
+    return DeviceStore(inner, tier, device, layers, prompts)
 
 
 @contextmanager
@@ -161,17 +166,6 @@ def told_of_vram(made: Plan | None) -> Iterator[None]:
             hint=f"give it less with `--vram {most}GB` or a smaller --context; `--device cpu` goes "
             "without",
         ) from error
-
-
-def prompt_budget(config: ModelConfig, made: Plan | None) -> int | None:
-    """Bytes of a long prompt's hidden states, see `prefill.How`.
-
-    On a device they do not spill: what `prefill.Room` cuts into passes of as many rows as planned.
-    """
-    if made is None or not made.device.layers:
-        return None if made is None else made.hidden_budget_bytes
-    row = 2 * 4 * config.hidden_size + 8 * config.experts_per_token
-    return (made.device.rows * row + 1) // 2
 
 
 def kernel_of(devices: Devices) -> str:

@@ -51,6 +51,7 @@ class Model:
         *,
         devices: Devices | None = None,
         hidden_budget: int | None = None,
+        device_budget: int | None = None,
         on_progress: OnProgress | None = None,
     ) -> None:
         """Read everything but the experts; their store is already loaded.
@@ -60,7 +61,8 @@ class Model:
         """
         config = self.config = weights.config
         self.devices = devices or Devices.all_on(HOST, config.n_layers)
-        self.experts, self.hidden_budget = experts, hidden_budget
+        self.experts = experts
+        self.hidden_budget, self.device_budget = hidden_budget, device_budget
         self.embedding = weights.embedding("model.embed_tokens.weight")
         self.layers: list[Layer] = []
         for spec, where in zip(config.layers, self.devices.layers, strict=True):
@@ -210,7 +212,7 @@ class Model:
         ids, total = segment.ids, segment.ids.shape[0]
         if total >= layer_major_from and self.config.is_moe:
             self._check([segment])
-            how = how or prefill.How(chunk, self.hidden_budget)
+            how = how or prefill.How(chunk, self.hidden_budget, device_budget=self.device_budget)
             reader = prefill.Reader(
                 self.layers, self.embedding, self.ropes, segment.cache, how,
                 on_progress=on_progress, cancel=cancel,
