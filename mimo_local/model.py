@@ -61,7 +61,8 @@ class Model:
         """
         config = self.config = weights.config
         self.devices = devices or Devices.all_on(HOST, config.n_layers)
-        self.experts, self.hidden_budget, self.device_budget = experts, hidden_budget, device_budget
+        self.experts = experts
+        self.hidden_budget, self.device_budget = hidden_budget, device_budget
         self.embedding = weights.embedding("model.embed_tokens.weight")
         self.layers: list[Layer] = []
         for spec, where in zip(config.layers, self.devices.layers, strict=True):

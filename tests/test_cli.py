@@ -713,7 +713,8 @@ MACHINES = {
 def test_the_plan_of_a_machine(name: str, golden: Golden) -> None:
     config, pack, title = plan_command.subject(None, "nf4")
     found = plan(config, pack, MACHINES[name])
-    text = plan_text.plan(found, title) + "\n"
+    cpu = plan(config, pack, replace(MACHINES[name], vram=0)) if found.device.layers else None
+    text = plan_text.plan(found, title, cpu) + "\n"
     text += "".join(f"error: {p.message}\nhint: {p.hint}\n" for p in found.problems)
     golden(f"plan/{name}.txt", text)
 
@@ -751,6 +752,8 @@ def test_plan_takes_what_is_typed_and_the_machine_for_the_rest(
     assert (budget["vram"], budget["ram"], budget["disk"]) == (24 * GB, 64 * GB, 1000 * GB)
     assert budget["cores"] == 16
     assert data["fits"] is True and data["staging_slots"] == 16
+    slower = data["without_gpu"]["decode"][0]["tokens_per_s"]
+    assert 0 < slower < data["prediction"]["decode"][0]["tokens_per_s"]
     cli.main(["plan", "--disk", "1TB", "--json"])
     from mimo_local import hardware
 
@@ -772,6 +775,7 @@ def test_less_vram_than_there_is_is_the_same_card_more_is_another(
     assert "VRAM 936 GB/s (RTX 3090)" in lines["24GB"]
     assert "VRAM 1792 GB/s (like an RTX 5090)" in lines["32GB"]
     assert "no GPU" in lines["0"] and "GB/s (RTX" not in lines["0"]
+    assert "without the GPU: decode" in lines["24GB"] and "without the GPU" not in lines["0"]
     args = ["plan", "--vram", "24GB", "--ram", "64GB", "--disk", "1TB", "--vram-rate", "500GB/s"]
     assert cli.main(args) == 0
     assert "VRAM 500 GB/s (given)" in capsys.readouterr().out

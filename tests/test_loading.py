@@ -81,6 +81,8 @@ def test_a_pack_on_a_device_answers_as_on_the_host(
     assert there.plan is not None and there.plan.layers_on_device == (True,) * 4
     assert there.model.experts.nbytes["vram"] > 0
     assert there.kernel.startswith("cpu + ")
+    assert there.model.experts.prompts is not None
+    assert there.model.device_budget == there.plan.device.hidden > 0
     assert there.description.endswith(
         "; RTX 4090: 4 of 4 layers, head, drafter, room for 96 experts"
     )

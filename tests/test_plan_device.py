@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from mimo_local import sizes as counting
 from mimo_local.config import ModelConfig
 from mimo_local.hardware import Gpu, detect
-from mimo_local.plan import Budget, here, plan, rates
+from mimo_local.plan import Budget, here, plan, rates, residents
 from mimo_local.plan.cards import CARDS, like, named
-from mimo_local.plan.prediction import DEPTH, pass_limits
+from mimo_local.plan.prediction import DEPTH, pass_limits, spilling
 from mimo_local.plan.rates import DEVICE_LAYER_S, STEP_S
 from mimo_local.plan.residents import (
     LEAST_ROWS,
@@ -324,3 +324,47 @@ def test_the_cards_of_a_machine_are_what_it_is_planned_with(tmp_path: Path) -> N
     assert here.whole_machine(unknown).gpu == "RTX 4080"
     assert not here.whole_machine(unknown).measured
     assert here.whole_machine(dataclasses.replace(facts, gpus=())).vram == 0
+
+
+# -- the buffers that others make ------------------------------------------------------------------
+
+
+def test_buffers_are_counted_as_they_are_made() -> None:
+    from mimo_local import device_attention, prefill
+    from mimo_local.experts import device_sweep, shares, vram
+    from quant import on_device
+
+    assert residents.STREAMS == device_sweep.SLOTS and residents.STAGING == vram.STAGING
+    assert prefill.How().device_chunk == residents.CHUNK
+    assert residents.LEAST_ROWS == prefill.LEAST_ROWS
+    assert residents.BLOCK == device_attention._BLOCK
+    assert residents.UNPACKED == on_device._UNPACKED
+    assert residents.SWEPT == device_sweep.ROWS and residents.SHARED == shares.MOST_PAIRS
+
+
+@given(vram=st.integers(4, 40), tokens=st.integers(1, 262_144), context=st.integers(1024, 262_144))
+@settings(max_examples=60, deadline=None)
+def test_a_prompt_passes_as_often_as_the_reader_will(vram: int, tokens: int, context: int) -> None:
+    from mimo_local.prefill import Room
+
+    found = plan(REAL, PACK, machine(vram), context=context)
+    if not found.device.layers or tokens > context:
+        return
+    room = Room(1, False)
+    if found.device.layers < 48:
+        room = Room.plan(tokens, 4096, 8, found.hidden_budget_bytes)
+    room = room.on_device(tokens, 4096, 8, found.device.hidden)
+    assert spilling(REAL, found.placement, tokens) == (room.passes, room.spilled * tokens * 16384)
+
+
+def test_a_sweeps_own_memory_is_part_of_what_is_kept_free() -> None:
+    from mimo_local.experts.device_sweep import DeviceSweep
+
+    sweep = DeviceSweep(
+        None, None, "meta",  # type: ignore[arg-type]
+        n_experts=256, hidden=4096, width=2048, nbytes=PACK.expert,
+    )  # fmt: skip
+    found = plan(REAL, PACK, machine(24)).device
+    assert sweep.uploader.nbytes <= found.streams
+    assert sweep.nbytes - sweep.uploader.nbytes + 6 * SHARED * 4096 <= found.work
+    sweep.close()

@@ -181,11 +181,16 @@ def shown(
     from mimo_local.cli import plan_text
     from mimo_local.plan import plan as planned
 
-    found = planned(config, pack, budget, **kept, tokens=tokens)
+    found, without = planned(config, pack, budget, **kept, tokens=tokens), None
+    if found.device.layers:
+        kept = kept | {"context": found.context}
+        without = planned(config, pack, replace(budget, vram=0), **kept, tokens=tokens)
     if json:
-        print(jsonlib.dumps({"model": name, **found.to_dict()}))
+        data = {"model": name, **found.to_dict()}
+        data["without_gpu"] = None if without is None else without.to_dict()["prediction"]
+        print(jsonlib.dumps(data))
     else:
-        print(plan_text.plan(found, name))
+        print(plan_text.plan(found, name, without))
     if remote := Settings.resolve().remote:
         say(f"a plan for this machine: chat and summarize ask {remote} (setting `remote`)")
     found.check()

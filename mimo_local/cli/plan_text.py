@@ -19,8 +19,11 @@ if TYPE_CHECKING:
     from mimo_local.verdicts import Finding
 
 
-def plan(found: Plan, name: str) -> str:
-    """The plan as people read it: bytes, places, speeds, and what they rest on."""
+def plan(found: Plan, name: str, without: Plan | None = None) -> str:
+    """The plan as people read it: bytes, places, speeds, and what they rest on.
+
+    `without`: the same machine without its GPU, if there is one.
+    """
     budget = found.budget
     machine = f"{gb(budget.vram)} VRAM, " if budget.vram else "no GPU, "
     machine += f"{gb(budget.ram)} RAM, {gb(budget.disk)} free disk, {budget.cores} cores"
@@ -41,6 +44,8 @@ def plan(found: Plan, name: str) -> str:
     lines += [table(("what", "bytes", "VRAM", "RAM", "disk only"), rows), ""]
     if found.prediction is not None:
         lines += ["estimated:", *(f"  {line}" for line in speeds(found.prediction))]
+        if without is not None:
+            lines.append(f"  without the GPU: {_short(without)}")
     lines += ["assumed:", *(f"  {text}" for text in found.assumptions)]
     lines += [f"note: {note}" for note in found.notes]
     return "\n".join(lines)
@@ -74,6 +79,14 @@ def speeds(found: Prediction) -> list[str]:
     if found.fill_s:
         loading += f"; the first answers read another {duration(found.fill_s)} of experts"
     return [line, "a token: " + ", ".join(parts), document, loading]
+
+
+def _short(found: Plan) -> str:
+    """Decode and a document in a few words."""
+    if found.prediction is None:
+        return "it would not run"
+    tokens, prompt = span(found.prediction.tokens_per_s), found.prediction.prefill
+    return f"decode {tokens} tokens/s, {prompt.tokens} tokens read in {duration(prompt.seconds)}"
 
 
 def _ends(first: float, last: float, digits: int = 0) -> str:
