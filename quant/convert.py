@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -320,7 +320,7 @@ def _head(
         "tool": f"mimo-local {version}",
         "quantizer": "reference" if kernels.get() is None else "native",
         "model_type": source.config["model_type"],
-        "recipe": asdict(recipe),
+        "recipe": recipe.to_json(),
         "source": {
             "fingerprint": fingerprint,
             "files": source.file_count(),
