@@ -9,7 +9,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
@@ -176,7 +175,7 @@ def _head(
         "tool": f"mimo-local {version}",
         "quantizer": "reference" if kernels.get() is None else "native",
         "model_type": source.config["model_type"],
-        "recipe": asdict(recipe),
+        "recipe": recipe.to_json(),
         "source": {
             "fingerprint": fingerprint,
             "files": source.file_count(),

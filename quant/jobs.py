@@ -6,6 +6,7 @@ Pure: looks at names, shapes and stored dtypes only. Called by `convert`, and by
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -60,6 +61,16 @@ class Job:
         if not self.experts:
             return size
         return stride * len(self.experts) + (first if 0 in self.experts else 0)
+
+    def stored(self) -> tuple[int, int]:
+        """(bytes of the parts, without headers and padding; weights) in it."""
+        if self.shapes is None:
+            parts = [part for spec in self.specs for part in spec.parts().values()]
+            nbytes = sum(dtype.itemsize * math.prod(shape) for dtype, shape in parts)
+            return nbytes, sum(math.prod(spec.shape) for spec in self.specs)
+        nbytes = sum(FORMATS[self.fmt].nbytes(*shape) for shape in self.shapes.values())
+        weights = sum(math.prod(shape) for shape in self.shapes.values())
+        return nbytes * self.count, weights * self.count
 
     def names(self) -> Iterator[str]:
         """Hub names of the tensors in it."""
@@ -199,12 +210,13 @@ def _expert_job(
             f"layer {layer} has {len(names)} expert matrices for {len(numbers)} experts",
             hint="a shard may be missing: compare the folder with the hub's file list",
         )
-    fmt = _supported(recipe.experts, list(found.values()))
+    wanted = recipe.experts_of(layer)
+    fmt = _supported(wanted, list(found.values()))
     fallbacks: tuple[dict[str, str], ...] = ()
-    if fmt != recipe.experts:
-        worst = next(s for s in found.values() if not FORMATS[recipe.experts].supports(*s))
+    if fmt != wanted:
+        worst = next(s for s in found.values() if not FORMATS[wanted].supports(*s))
         label = f"model.layers.{layer}.mlp.experts"
-        fallbacks = (_fallback(label, recipe.experts, fmt, worst),)
+        fallbacks = (_fallback(label, wanted, fmt, worst),)
     return Job(file, (), layer, len(numbers), fmt, found, fallbacks)
 
 

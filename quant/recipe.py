@@ -7,7 +7,7 @@ Pure names, without torch: planning for a model that was not downloaded yet star
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from mimo_local.errors import UsageError
@@ -15,6 +15,9 @@ from quant.inventory import Role
 
 FORMAT_NAMES = ("nf4", "mxfp4", "int8", "bf16", "f32")
 """The keys of `formats.FORMATS`."""
+
+WIDE = "int8"
+"""What the experts of `Recipe.wide` layers are stored in."""
 
 
 def usual(config: Mapping[str, Any]) -> str:
@@ -41,11 +44,15 @@ class Recipe:
     head: str = "int8"
     mtp: str = "int8"
     search: bool = True
+    bits: float | None = None
+    """Most bits a weight on average, which decided `wide`."""
+    wide: tuple[int, ...] = ()
+    """Layers whose experts are stored at int8 instead."""
 
     def __post_init__(self) -> None:
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.name != "search" and value not in FORMAT_NAMES:
+            if f.name not in ("search", "bits", "wide") and value not in FORMAT_NAMES:
                 raise UsageError(
                     f"unknown format {value!r} for {f.name}",
                     hint=f"choose one of {', '.join(FORMAT_NAMES)}",
@@ -62,6 +69,17 @@ class Recipe:
     def uniform(cls, name: str) -> Recipe:
         """Every matrix in one format."""
         return cls(name, name, name, name, name, name)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for journal and manifest; without what is not used, as older packs."""
+        data = asdict(self) | {"wide": list(self.wide)}
+        if self.bits is None:
+            del data["bits"], data["wide"]
+        return data
+
+    def experts_of(self, layer: int) -> str:
+        """The format of a layer's experts."""
+        return WIDE if layer in self.wide else self.experts
 
     def format_of(self, role: Role, stored: str) -> str:
         """The format for a role; `stored` is the dtype in the checkpoint, kept if exact."""

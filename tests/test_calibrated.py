@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +19,10 @@ from mimo_local import kernels
 from mimo_local.demo.tokenizer_files import files_from_gguf
 from mimo_local.errors import CancelledError, NativeError, PackError, UsageError
 from mimo_local.events import Progress
+from mimo_local.fidelity import budget
 from mimo_local.fidelity.calibration import FILE, Calibration
+from mimo_local.fidelity.side import Side
+from mimo_local.weights import open_weights
 from quant.calibrated import Importance, importance_of, pack_nf4, upper_factor
 from quant.checkpoint import Checkpoint
 from quant.convert import Recipe, convert
@@ -371,3 +375,67 @@ def test_without_a_tokenizer_it_says_so(tmp_path: Path) -> None:
     folder = tiny.write(tmp_path / "src", CONFIG)
     with pytest.raises(UsageError, match=r"tokenizer\.json"):
         Calibration.of_checkpoint(Checkpoint.open(folder), tmp_path / "pack")
+
+
+# ---- a budget of bits ----------------------------------------------------------------------------
+
+
+def losses_of(source: Path) -> list[budget.LayerLoss]:
+    return budget.probe(Checkpoint.open(source), Recipe())
+
+
+def test_the_probe_hears_every_mixture_layer_and_the_same_twice(source: Path) -> None:
+    losses = losses_of(source)
+    assert [loss.layer for loss in losses] == [1, 2, 3]
+    assert all(0.001 < loss.loss < 0.2 for loss in losses)
+    layout = NF4.nbytes(64, 64) * 3 * 8
+    assert losses[0].more == get_format("int8").nbytes(64, 64) * 3 * 8 - layout
+    assert losses == losses_of(source)
+
+
+@given(bits=st.floats(5.5, 9.5))
+@settings(max_examples=20, deadline=None)
+def test_a_budget_is_kept_and_used_up(source: Path, bits: float) -> None:
+    opened, recipe = Checkpoint.open(source), Recipe()
+    more = 3 * 8 * (get_format("int8").nbytes(64, 64) - NF4.nbytes(64, 64))
+    rates = {1: 0.02, 2: 0.05, 3: 0.03}
+    losses = [budget.LayerLoss(layer, loss, more) for layer, loss in rates.items()]
+    if bits < budget.mean_bits(opened, recipe):
+        with pytest.raises(UsageError, match="cannot be kept"):
+            budget.check(opened, recipe, bits)
+        return
+    found = budget.spend(opened, recipe, bits, losses)
+    assert budget.mean_bits(opened, found) <= bits
+    assert found.wide in ((), (2,), (2, 3), (1, 2, 3))  # most loss first
+    if len(found.wide) < 3:
+        other = next(layer for layer in rates if layer not in found.wide)
+        wider = dataclasses.replace(found, wide=(*found.wide, other))
+        assert budget.mean_bits(opened, wider) > bits
+
+
+def test_a_mixed_pack_is_made_said_and_found_again(source: Path, tmp_path: Path) -> None:
+    opened, target = Checkpoint.open(source), tmp_path / "pack"
+    least = budget.mean_bits(opened, Recipe())
+    recipe = budget.spend(opened, Recipe(), least + 1, losses_of(source))
+    assert 1 <= len(recipe.wide) <= 2
+    assert budget.chosen_before(target, Recipe(), least + 1) is None
+    pack = convert(opened, target, recipe)
+    assert pack.manifest["recipe"]["wide"] == list(recipe.wide)
+    for layer in (1, 2, 3):
+        assert pack.expert_layout(layer).format == recipe.experts_of(layer)
+    assert budget.chosen_before(target, Recipe(), least + 1) == recipe
+    assert budget.chosen_before(target, Recipe(), least + 1.1) is None
+    side = Side(open_weights(target), [20], exact=False)
+    x = side.embed(torch.arange(20))
+    exact = Side(open_weights(source), [20], exact=True)
+    y = exact.embed(torch.arange(20))
+    for spec in side.config.layers:
+        x = side.through(spec, x, lambda share: None)
+        y = exact.through(spec, y, lambda share: None)
+    assert float((x - y).norm() / y.norm()) < 0.4
+
+
+@pytest.mark.parametrize("bits", [math.nan, 0.0, -1.0, 3.0, 17.0, math.inf])
+def test_absurd_budgets_are_refused(source: Path, bits: float) -> None:
+    with pytest.raises(UsageError, match="cannot be kept"):
+        budget.check(Checkpoint.open(source), Recipe(), bits)

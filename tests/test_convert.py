@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import hashlib
 import json
@@ -91,7 +90,7 @@ def test_every_tensor_arrives_in_its_format(
                 assert fmt == getattr(recipe, role), tensor
                 assert relative_rms(w, values) <= BOUNDS[fmt], tensor
         assert pack.config == ckpt.config
-        assert pack.manifest["recipe"] == dataclasses.asdict(recipe)
+        assert pack.manifest["recipe"] == recipe.to_json()
         assert pack.manifest["fallbacks"] == []
         assert pack.manifest["source"]["fingerprint"] == ckpt.fingerprint()
         assert pack.aux_path("tokenizer.json") and pack.aux_path("LICENSE")

@@ -52,6 +52,12 @@ Calibrate = Annotated[
         help="nf4 experts: read texts first and lose less where it matters",
     ),
 ]
+Bits = Annotated[
+    float | None,
+    typer.Option(
+        "--bits", help="most bits a weight: 8 for the layers that lose most, say 4.5", metavar="B"
+    ),
+]
 Yes = Annotated[bool, typer.Option("-y", "--yes", help="do not ask before a long conversion")]
 Measure = Annotated[
     bool, typer.Option("--measure", help="then read texts with source and pack: KL, perplexity")
@@ -79,6 +85,7 @@ def quantize(
     mtp: Mtp = None,
     no_search: NoSearch = False,
     calibrate: Calibrate = False,
+    bits: Bits = None,
     measure: Measure = False,
     yes: Yes = False,
 ) -> int:
@@ -92,9 +99,11 @@ def quantize(
 
     source, target = Checkpoint.open(src), folder_for(dst)
     parts = {"attention": attention, "dense": dense, "head": head, "embedding": head, "mtp": mtp}
-    chosen = {name: value for name, value in parts.items() if value is not None}
+    chosen: dict[str, Any] = {k: value for k, value in parts.items() if value is not None}
     format = format or usual(source.config)  # noqa: A001
     recipe = replace(Recipe.for_format(format), search=not no_search, **chosen)
+    if bits is not None:
+        recipe = within(source, recipe, target, bits)
     learnt = calibration_of(source, recipe, target) if calibrate else None
     announce(source, recipe, target, learnt, yes=yes)
     status = Status()
@@ -138,6 +147,35 @@ def folder_for(dst: Path) -> Path:
     """A bare name means a pack in the packs folder; anything else is a path."""
     bare = len(dst.parts) == 1 and not dst.is_absolute() and dst.name not in (".", "..")
     return Paths.default().packs_dir / dst if bare and not dst.exists() else dst
+
+
+def within(source: Checkpoint, recipe: Recipe, target: Path, bits: float) -> Recipe:
+    """The recipe with experts of some layers widened, as a table says; measured unless known."""
+    from mimo_local.cli.tables import table
+    from mimo_local.fidelity import budget
+
+    if recipe.experts != "nf4":
+        raise UsageError(
+            f"--bits widens experts at nf4, these are at {recipe.experts}",
+            hint="leave out --bits, or take --format nf4",
+        )
+    budget.check(source, recipe, bits)
+    known = budget.chosen_before(target, recipe, bits)
+    if known is None:
+        status = Status()
+        try:
+            losses = budget.probe(source, recipe, status)
+        finally:
+            status.clear()
+        known = budget.spend(source, recipe, bits, losses)
+        rows = [
+            (str(loss.layer), f"{100 * loss.loss:.3g} %", known.experts_of(loss.layer))
+            for loss in losses
+        ]
+        say(table(("layer", "experts' error", "stored as"), rows))
+    say(f"{len(known.wide)} layers' experts at int8: {budget.mean_bits(source, known):.3f} bits a "
+        f"weight, {bits:g} allowed")  # fmt: skip
+    return known
 
 
 def calibration_of(source: Checkpoint, recipe: Recipe, target: Path) -> Calibration | None:

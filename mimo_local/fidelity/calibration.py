@@ -128,7 +128,7 @@ class Calibration:
         """`tokenizer`: its folder; `folder`: of the pack; `tokens`: most of each shipped text."""
         self.method, self.path = method, folder / FILE
         self.weights = weights
-        texts = _texts(tokenizer, min(PIECE, self.weights.config.max_context), tokens)
+        texts = texts_for(tokenizer, min(PIECE, self.weights.config.max_context), tokens)
         self.ids = torch.tensor([i for text in texts for i in text])
         self.side = Side(self.weights, [len(text) for text in texts], exact=True)
         self.listener = self.side.store = _Listener(self.weights)
@@ -273,7 +273,7 @@ def _quickest(work: Callable[[], object]) -> float:
     return min(seconds)
 
 
-def _texts(folder: Path, longest: int, most: int | None) -> list[list[int]]:
+def texts_for(folder: Path, longest: int, most: int | None) -> list[list[int]]:
     """The shipped texts by the tokenizer in `folder`, in pieces of at most `longest` tokens."""
     if not (folder / "tokenizer.json").is_file():
         raise UsageError(

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -271,7 +271,7 @@ def already_there(target: Path, recipe: Recipe) -> Pack | None:
     if not (target / MANIFEST).exists():
         return None
     pack = Pack.open(target)
-    if pack.manifest.get("recipe") != asdict(recipe):
+    if pack.manifest.get("recipe") != recipe.to_json():
         raise UsageError(
             f"{target} already holds a pack in other formats",
             hint="choose another name with `--to`, or delete this one to make it anew",
