@@ -199,3 +199,23 @@ def test_the_real_model_fits_a_24_gb_card_as_planned(cuda: FakeCuda) -> None:
         assert cuda.peak <= 24 * GB - on.reserve
         cache.truncate(CONTEXT - 64)
     assert model.experts.meters.vram_hits > 0
+
+
+def test_a_prompt_at_the_end_of_the_context_stays_within_the_plan(cuda: FakeCuda) -> None:
+    """The longest pass that is planned, at the depth where scores are largest."""
+    made = planned(24)
+    model, tier = loaded(made)
+    on, cache = made.device, model.new_cache(dtype=torch.bfloat16)
+    rows = min(on.rows, 4096)
+    cache.reserve(CONTEXT)
+    cache.length = CONTEXT - rows
+    for layer in cache.layers:
+        if isinstance(layer, RingKV):
+            layer.first = cache.length - layer.keep
+    cuda.reset()
+    before = cuda.live
+    hidden = model.prefill(Segment(torch.zeros(rows, dtype=torch.int64), cache))
+    assert hidden.shape == (1, REAL.hidden_size)
+    assert cuda.peak - before <= on.work + on.hidden
+    assert cuda.peak + on.streams <= 24 * GB - on.reserve
+    assert tier is not None
