@@ -15,7 +15,7 @@ import tiny
 import torch
 
 from mimo_local import kernels
-from mimo_local.experts.device_store import FEW_ROWS, DeviceStore
+from mimo_local.experts.device_store import STEP_ROWS, DeviceStore
 from mimo_local.experts.slots import SlotLayout
 from mimo_local.experts.store import ExpertStore, apply
 from mimo_local.experts.tiered import TieredStore
@@ -73,7 +73,7 @@ def test_results_are_those_of_the_cpu_to_the_rounding(
 ) -> None:
     whole, tiers, chance = ExpertStore(opened(pack)), store(pack, vram, ram), random.Random(1)
     for seed in range(60):
-        layer, t = chance.choice((1, 2)), chance.choice([1, 1, 1, 2, FEW_ROWS, 30, 100])
+        layer, t = chance.choice((1, 2)), chance.choice([1, 1, 1, 2, STEP_ROWS, 30, 100])
         x, ids, w = step(t, seed)
         wanted = whole.run(layer, x, ids, w)
         found = tiers.run(layer, x, ids, w) if t < 50 else tiers.sweep(layer, x, ids, w)
@@ -100,7 +100,7 @@ def test_the_device_computes_with_the_stored_weights(
         torch.testing.assert_close(vram.run((1, e), x), wanted, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("t", [1, 3, FEW_ROWS])
+@pytest.mark.parametrize("t", [1, 3, STEP_ROWS])
 def test_both_shares_of_a_step_add_up_exactly(
     pack: Path, t: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

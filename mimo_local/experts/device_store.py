@@ -22,9 +22,10 @@ from mimo_local.experts.store import Store, Watcher
 from mimo_local.experts.vram import VramTier
 from mimo_local.weights import Expert
 
-FEW_ROWS: Final = 8
-"""Up to so many rows every expert in VRAM is given all of them: a product that reads its weights
-once takes no longer, and no list of rows has to go up."""
+STEP_ROWS: Final = 64
+"""Up to so many rows (`tiered.KEEP_ROWS`) are a step; longer ones are prompts. In a step every
+expert in VRAM is given all rows: a product that reads its weights once hardly takes longer, and no
+list of rows has to go up."""
 
 
 class DeviceStore(Store):
@@ -108,8 +109,8 @@ class DeviceStore(Store):
 
         `guess` has its ids on the device.
         """
-        if x.shape[0] > FEW_ROWS:
-            return self._on_the_host(self.inner.run, layer, x, ids, w)
+        if x.shape[0] > STEP_ROWS:
+            return self.sweep(layer, x, ids, w)
         if layer == self._first and self.vram is not None:
             self.vram.end_of_step()
         letter = self._letter(x, ids)
@@ -262,10 +263,10 @@ class _Letter:
     """Pinned memory for what the host wants to know of a few rows; used again by every layer."""
 
     def __init__(self, d: int, k: int, device: torch.device) -> None:
-        self._rows = host_buffer((FEW_ROWS, d), torch.float32, device)
-        self._ids = host_buffer((FEW_ROWS, k), torch.int32, device)
-        self._weights = host_buffer((FEW_ROWS, k), torch.float32, device)
-        self._guess = host_buffer((FEW_ROWS * k,), torch.int32, device)
+        self._rows = host_buffer((STEP_ROWS, d), torch.float32, device)
+        self._ids = host_buffer((STEP_ROWS, k), torch.int32, device)
+        self._weights = host_buffer((STEP_ROWS, k), torch.float32, device)
+        self._guess = host_buffer((STEP_ROWS * k,), torch.int32, device)
         self._there = Mark(device)
         self._n = self._guesses = 0
 
@@ -299,10 +300,10 @@ class _Return:
         self._sent = Mark(device)
 
     def send(self, y: torch.Tensor) -> torch.Tensor:
-        """y (T, D) f32, T <= FEW_ROWS -> the same on the device, as the copy is queued."""
+        """y (T, D) f32, T <= STEP_ROWS -> the same on the device, as the copy is queued."""
         self._sent.wait()
         if self._rows is None:
-            self._rows = host_buffer((FEW_ROWS, y.shape[1]), torch.float32, self._device)
+            self._rows = host_buffer((STEP_ROWS, y.shape[1]), torch.float32, self._device)
         part = self._rows[: y.shape[0]].copy_(y)
         there = torch.empty(part.shape, device=self._device)
         there.copy_(part, non_blocking=True)
