@@ -13,7 +13,7 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -53,11 +53,12 @@ class _Heard:
     """(D, D) f32 of the rows that go into all experts: X^T X."""
     inner: torch.Tensor
     """(E, I) f32: summed squares of what each expert's last matrix is multiplied with."""
-    rows: list[int] = field(default_factory=list)
+    tokens: int
+    """How many rows that were."""
 
     @cached_property
     def upper(self) -> torch.Tensor | None:
-        return upper_factor(self.moments)
+        return upper_factor(self.moments, self.tokens)
 
     def of(self, expert: int, part: str, method: Method) -> Importance | None:
         """For one matrix; None where nothing was heard that tells its columns apart."""
@@ -89,7 +90,7 @@ class _Listener(PassingStore):
         """As it is, and noted."""
         config = self.weights.config
         inner = torch.zeros(config.n_experts, config.moe_intermediate_size)
-        self.heard = _Heard(layer, x.T @ x, inner)
+        self.heard = _Heard(layer, x.T @ x, inner, len(x))
         return super().sweep(layer, x, ids, w, cancel=cancel)
 
     def _add(
@@ -246,7 +247,7 @@ class Calibration:
             return
         self.layers, self.hidden = layers, hidden
         with suppress(KeyError):
-            self.heard = _Heard(layers - 1, found["moments"], found["inner"])
+            self.heard = _Heard(layers - 1, found["moments"], found["inner"], len(hidden))
         for index in range(layers):
             tell(self.sizes[index], f"calibrating layer {index}")
 
