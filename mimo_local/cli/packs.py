@@ -175,6 +175,9 @@ def within(source: Checkpoint, recipe: Recipe, target: Path, bits: float) -> Rec
         say(table(("layer", "experts' error", "stored as"), rows))
     say(f"{len(known.wide)} layers' experts at int8: {budget.mean_bits(source, known):.3f} bits a "
         f"weight, {bits:g} allowed")  # fmt: skip
+    if known.wide:
+        say("note: experts have two sizes: where not all of them fit in memory, each takes the "
+            "room of a larger one")  # fmt: skip
     return known
 
 

@@ -32,6 +32,7 @@ from mimo_local.tokenizer import Tokenizer
 from mimo_local.weights import CheckpointWeights, Expert, PackWeights
 from quant.calibrated import Importance, importance_of, pack_nf4, upper_factor
 from quant.checkpoint import Checkpoint
+from quant.formats import BLOCK
 from quant.inventory import expert_of
 from quant.jobs import Job
 from quant.writer import PART, writing
@@ -155,21 +156,21 @@ class Calibration:
         return 8 * (len(self.ids) * width + width * width + inner)
 
     def predicted_seconds(self) -> float:
-        """About how long reading the texts and the slower rounding take, from one small matrix.
+        """About how long reading the texts and the slower rounding take, from small samples.
 
         A row of the texts meets the weights of its experts; feedback multiplies each row of an
-        expert's first two matrices with half of a D x D matrix.
+        expert's first two matrices with half of a D x D matrix, and rounds column after column.
         """
         config = self.weights.config
         layers = sum(spec.mlp == "moe" for spec in config.layers)
         width, inner = config.hidden_size, config.moe_intermediate_size
-        reading = 6.0 * width * inner * config.experts_per_token * len(self.ids) * layers
-        reading += 2.0 * width**2 * len(self.ids) * layers
-        rounding = 2.0 * inner * width**2 * config.n_experts * layers
-        weights = 3 * inner * width * config.n_experts * layers
+        matrices, one = config.n_experts * layers, inner * width
+        reading = 2.0 * len(self.ids) * layers * (3 * one * config.experts_per_token + width**2)
+        weighted = 3 * one * matrices / _rounding_rate(None)
         if self.method == "columns":
-            rounding = 0.0
-        return (reading + rounding) / _product_rate() + weights / _rounding_rate()
+            return reading / _product_rate() + weighted
+        fed = 2 * one * matrices / _rounding_rate(torch.eye(BLOCK))
+        return (reading + 2.0 * inner * width**2 * matrices) / _product_rate() + weighted / 3 + fed
 
     def before(self, job: Job, tell: Tell) -> None:
         """Have heard what the job's experts are multiplied with; `tell` hears bytes and where."""
@@ -258,11 +259,11 @@ def _product_rate() -> float:
     return 2.0 * a.numel() * b.shape[1] / _quickest(lambda: a @ b)
 
 
-def _rounding_rate() -> float:
-    """Weights a second of the weighted search."""
-    w = torch.randn(128, 1024, generator=torch.Generator().manual_seed(0))
-    columns = Importance(torch.linspace(0.5, 1.5, w.shape[1]))
-    return w.numel() / _quickest(lambda: pack_nf4(w, columns))
+def _rounding_rate(upper: torch.Tensor | None) -> float:
+    """Weights a second of the weighted search, or of feedback within a block."""
+    w = torch.randn(2048, BLOCK, generator=torch.Generator().manual_seed(0))
+    known = Importance(torch.linspace(0.5, 1.5, BLOCK), upper)
+    return w.numel() / _quickest(lambda: pack_nf4(w, known))
 
 
 def _quickest(work: Callable[[], object]) -> float:
