@@ -15,12 +15,12 @@ from demo_fixtures import tiny_metadata
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mimo_local import kernels
+from mimo_local import cli, kernels
 from mimo_local.demo.tokenizer_files import files_from_gguf
-from mimo_local.errors import CancelledError, NativeError, PackError, UsageError
+from mimo_local.errors import CancelledError, ExitCode, NativeError, PackError, UsageError
 from mimo_local.events import Progress
-from mimo_local.fidelity import budget
-from mimo_local.fidelity.calibration import FILE, Calibration
+from mimo_local.fidelity import budget, calibration
+from mimo_local.fidelity.calibration import FILE, Calibration, texts_for
 from mimo_local.fidelity.side import Side
 from mimo_local.weights import open_weights
 from quant.calibrated import Importance, importance_of, pack_nf4, upper_factor
@@ -463,3 +463,41 @@ def test_a_mixed_pack_is_made_said_and_found_again(source: Path, tmp_path: Path)
 def test_absurd_budgets_are_refused(source: Path, bits: float) -> None:
     with pytest.raises(UsageError, match="cannot be kept"):
         budget.check(Checkpoint.open(source), Recipe(), bits)
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+
+def test_the_command_calibrates_within_a_budget(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(calibration, "PIECE", TOKENS)
+    monkeypatch.setattr(calibration, "texts_for", lambda *args: texts_for(*args[:2], TOKENS))
+    target = tmp_path / "pack"
+    bits = budget.mean_bits(Checkpoint.open(source), Recipe()) + 1
+    command = ["quantize", str(source), str(target), "--calibrate", "--bits", f"{bits:.2f}"]
+    assert cli.main(command) == ExitCode.OK
+    said = capsys.readouterr().err
+    assert "| layer | experts' error | stored as |" in said and "bits a weight" in said
+    assert f"calibration reads {4 * TOKENS} tokens: about" in said
+    assert "nf4 by error feedback" in said
+    first = bytes_of(target)
+    assert cli.main(command) == ExitCode.OK
+    assert "experts' error" not in capsys.readouterr().err  # known from the pack
+    assert bytes_of(target) == first
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--calibrate", "--no-search"], "exclude each other"),
+        (["--format", "int8", "--bits", "8.5"], "--bits widens experts at nf4"),
+        (["--bits", "2"], "cannot be kept"),
+    ],
+)
+def test_what_goes_not_together_is_refused(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], said: str
+) -> None:
+    target = tmp_path / "pack"
+    assert cli.main(["quantize", str(source), str(target), *options]) == ExitCode.USAGE
+    assert said in capsys.readouterr().err and not target.exists()

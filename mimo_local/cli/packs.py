@@ -165,6 +165,10 @@ def within(source: Checkpoint, recipe: Recipe, target: Path, bits: float) -> Rec
         status = Status()
         try:
             losses = budget.probe(source, recipe, status)
+        except KeyboardInterrupt:
+            raise CancelledError(
+                "stopped before anything was written", hint="run the same command again"
+            ) from None
         finally:
             status.clear()
         known = budget.spend(source, recipe, bits, losses)
