@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -158,14 +159,19 @@ class Calibration:
     def predicted_seconds(self) -> float:
         """About how long reading the texts and the slower rounding take, from small samples.
 
-        A row of the texts meets the weights of its experts; feedback multiplies each row of an
-        expert's first two matrices with half of a D x D matrix, and rounds column after column.
+        A row of the texts meets attention and the weights of its experts; feedback multiplies each
+        row of an expert's first two matrices with half of a D x D matrix, and rounds column after
+        column. The disk is not counted: a conversion waits for it as well.
         """
         config = self.weights.config
         layers = sum(spec.mlp == "moe" for spec in config.layers)
         width, inner = config.hidden_size, config.moe_intermediate_size
         matrices, one = config.n_experts * layers, inner * width
-        reading = 2.0 * len(self.ids) * layers * (3 * one * config.experts_per_token + width**2)
+        read = layers * (3 * one * config.experts_per_token + width**2)
+        for spec in config.layers:
+            values = (spec.heads + spec.kv_heads) * (spec.head_dim + spec.v_head_dim)
+            read += width * (values + (0 if spec.mlp == "moe" else 3 * spec.intermediate))
+        reading = 2.0 * len(self.ids) * read
         weighted = 3 * one * matrices / _rounding_rate(None)
         if self.method == "columns":
             return reading / _product_rate() + weighted
@@ -229,7 +235,10 @@ class Calibration:
         about = {"layers": self.layers, "identity": self.identity}
         part = self.path.with_name(self.path.name + PART)
         with writing(self.path, 0, 0):
-            part.write_bytes(save(tensors, {"calibration": json.dumps(about, sort_keys=True)}))
+            with part.open("wb") as file:
+                file.write(save(tensors, {"calibration": json.dumps(about, sort_keys=True)}))
+                file.flush()
+                os.fsync(file.fileno())
             part.replace(self.path)
 
     def _load(self, tell: Tell) -> None:
