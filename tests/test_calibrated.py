@@ -501,3 +501,36 @@ def test_what_goes_not_together_is_refused(
     target = tmp_path / "pack"
     assert cli.main(["quantize", str(source), str(target), *options]) == ExitCode.USAGE
     assert said in capsys.readouterr().err and not target.exists()
+
+
+@pytest.mark.parametrize("rows", [1, 4, 16, 80])
+def test_products_take_scales_of_either_sign(rows: int) -> None:
+    library = kernels.get()
+    if library is None:
+        pytest.skip("no native library here")
+    w, columns = matrix("normal", 96, 512, 8), importance_of(energies(512, 1.0, 8))
+    assert columns is not None
+    parts = pack_nf4(w, Importance(columns))
+    assert (parts["scales"] < 0).any() and (parts["scales"] > 0).any()
+    x = torch.randn(rows, 512, generator=torch.Generator().manual_seed(8))
+    wanted = x.double() @ NF4.unpack(parts).double().T
+    for isa in ("scalar", "avx2", "avx_vnni", "avx512", "amx"):
+        try:
+            k = library.with_isa(isa)
+        except NativeError:
+            continue
+        y = torch.empty(rows, 96)
+        k.matmul(NF4.matrix(parts), x.data_ptr(), 512, rows, y.data_ptr(), 96)
+        assert float((y - wanted).norm() / wanted.norm()) < 0.015, isa
+
+
+def test_bitsandbytes_reads_scales_of_either_sign() -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    w, columns = matrix("normal", 8, 128, 9), importance_of(energies(128, 1.0, 9))
+    assert columns is not None
+    parts = pack_nf4(w, Importance(columns))
+    assert (parts["scales"] < 0).any()
+    _, state = functional.quantize_4bit(w, blocksize=64, quant_type="nf4")
+    state.absmax = parts["scales"].float().flatten()
+    read = functional.dequantize_4bit(parts["codes"].reshape(-1, 1), state)
+    assert torch.equal(read, NF4.unpack(parts))
