@@ -6,19 +6,22 @@ Q4_K is written anew here, in torch, after its published layout: 256 weights sha
 numbers, each 32 of them a 6-bit scale and a 6-bit minimum; scale and minimum by weighted least
 squares over 21 trial grids, the weights being the mean magnitude of the block plus |w| (or with
 `importance` the mean square of the activation, as its importance matrix does). 4.5 bits a weight.
-NF4 has 4.25; `nf4 block 32` is what its scales for every 32 weights would give at 4.5, `nf4
-importance` chooses each block's scale by the error weighted with the activations.
+NF4 has 4.25: as stored without calibration, with the weighted scale search alone (`columns`), and
+with error feedback, which is what `mimo quantize --calibrate` does.
 
 Weights: Gaussian, Laplace, and Student's t with 4 degrees of freedom, every column times its own
 log-normal factor (sigma 0.25); activations: Gaussian, every column times exp(N(0, 1)), so that some
-channels carry most of the energy, as in trained models. Nothing lies on a grid. `weights` is the
-relative RMS error of the matrix, `output` that of x W^T.
+channels carry most of the energy, as in trained models. `mixed`: half of their energy lies in an
+eighth as many directions as there are columns, which go together then. Nothing lies on a grid.
+`weights` is the relative RMS error of the matrix, `output` that of x W^T.
 
 --model: also KL and top-1 agreement on the shipped texts (--tokens of each) of the demo with its
 experts stored each way, all else exact and in float32. Its weights sit on a Q4_1 grid, so the
 source is made first: every expert weight plus uniform noise of one step of that grid, which fills
-the gaps between its points evenly. Energies of activations come from bench/demo_text.txt, another
-text. Last stdout line is JSON.
+the gaps between its points evenly. What experts are multiplied with is heard in the shipped
+calibration texts (--calibrate-tokens of each), which share no line with those that are read, for
+Q4_K's importance as for NF4. `nf4 4.5 bits` widens the experts of the layers that lose most to
+int8, as `--bits 4.5` does. Last stdout line is JSON.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,6 +43,8 @@ if str(FOLDER.parent) not in sys.path:
     sys.path.insert(0, str(FOLDER.parent))
 
 from mimo_local.demo import demo_pack  # noqa: E402
+from mimo_local.fidelity.budget import weigh  # noqa: E402
+from mimo_local.fidelity.calibration import Calibration  # noqa: E402
 from mimo_local.fidelity.run import Ids  # noqa: E402
 from mimo_local.fidelity.scores import Scores  # noqa: E402
 from mimo_local.fidelity.side import Side  # noqa: E402
@@ -50,42 +56,25 @@ from mimo_local.weights import (  # noqa: E402
     expert_name,
     open_weights,
 )
-from quant.formats import NF4, get_format  # noqa: E402
+from quant.calibrated import Importance, importance_of, pack_nf4, upper_factor  # noqa: E402
+from quant.formats import get_format  # noqa: E402
+from quant.inventory import expert_of  # noqa: E402
 from quant.measure import relative_rms  # noqa: E402
-from quant.twins import NF4_CODES, half_scale  # noqa: E402
 
-BITS = {"nf4": 4.25, "nf4 importance": 4.25, "nf4 block 32": 4.5, "q4_k": 4.5}
+BITS = {"nf4": 4.25, "nf4 columns": 4.25, "nf4 feedback": 4.25, "q4_k": 4.5}
 BITS["q4_k importance"] = 4.5
-Quantise = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Quantise = Callable[[torch.Tensor, Importance | None], torch.Tensor]
 Change = Callable[[str, torch.Tensor], torch.Tensor]
 
 
-def nf4(w: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+def nf4(*, calibrated: bool, feedback: bool = False) -> Quantise:
     """As this project stores it, scale search on."""
     fmt = get_format("nf4")
-    assert isinstance(fmt, NF4)
-    return fmt.unpack(fmt.pack(w))
 
-
-def nf4_trials(block: int, *, weighted: bool) -> Quantise:
-    """NF4 whose scale is the best of 16 around the largest magnitude, then fitted."""
-    codes = torch.tensor(NF4_CODES)
-    middles = (codes[1:] + codes[:-1]) / 2
-
-    def quantise(w: torch.Tensor, energy: torch.Tensor) -> torch.Tensor:
-        x = w.reshape(-1, block)
-        e = energy.expand_as(w).reshape(-1, block) if weighted else torch.ones_like(x)
-        most = x.abs().amax(1).clamp(min=1e-30)
-        best, least = x, torch.full_like(most, torch.inf)
-        for i in range(16):
-            scale = most * (0.7 + 0.025 * i)
-            values = codes[torch.bucketize(x / scale[:, None], middles)]
-            fitted = (e * x * values).sum(1) / (e * values.square()).sum(1).clamp(min=1e-30)
-            stored = values * half_scale(fitted.abs()).float()[:, None]
-            error = (e * (stored - x).square()).sum(1)
-            best = torch.where((error < least)[:, None], stored, best)
-            least = torch.minimum(error, least)
-        return best.reshape(w.shape)
+    def quantise(w: torch.Tensor, known: Importance | None) -> torch.Tensor:
+        if known is None or not calibrated:
+            return fmt.unpack(fmt.pack(w))
+        return fmt.unpack(pack_nf4(w, known if feedback else Importance(known.columns)))
 
     return quantise
 
@@ -93,7 +82,8 @@ def nf4_trials(block: int, *, weighted: bool) -> Quantise:
 def q4_k(*, weighted: bool) -> Quantise:
     """Q4_K; `weighted`: with an importance matrix."""
 
-    def quantise(w: torch.Tensor, energy: torch.Tensor) -> torch.Tensor:
+    def quantise(w: torch.Tensor, known: Importance | None) -> torch.Tensor:
+        energy = torch.ones(w.shape[1]) if known is None else known.columns
         x = w.reshape(-1, 32)
         plain = x.square().mean(1, keepdim=True).sqrt() + x.abs()
         spread = 2 * w.reshape(-1, 256).square().mean(1).repeat_interleave(8)[:, None]
@@ -159,35 +149,16 @@ def weights(name: str, shape: tuple[int, int], g: torch.Generator) -> torch.Tens
 class Variant(PackWeights):
     """A pack whose experts are changed as they are read."""
 
-    def __init__(
-        self, base: PackWeights, change: Change, seen: dict[str, torch.Tensor] | None = None
-    ) -> None:
-        """`seen`: collects the summed squares of what each matrix is multiplied with."""
+    def __init__(self, base: PackWeights, change: Change) -> None:
         self.__dict__.update(base.__dict__)
-        self.change, self.seen = change, seen
+        self.change = change
 
     def expert(self, layer: int, e: int) -> Expert:
         plain, made = super().expert(layer, e), []
         for part, linear in zip(EXPERT_PARTS, (plain.gate, plain.up, plain.down), strict=True):
-            name = expert_name(layer, e, part)
-            w = self.change(name, linear.format.unpack(linear.parts))
-            made.append(Heard(name, w, self.seen))
+            w = self.change(expert_name(layer, e, part), linear.format.unpack(linear.parts))
+            made.append(QuantLinear(get_format("f32"), {"weight": w}, *w.shape))
         return Expert(*made)
-
-
-class Heard(QuantLinear):
-    """A float32 matrix that notes the energy of its inputs."""
-
-    __slots__ = ("name", "seen")
-
-    def __init__(self, name: str, w: torch.Tensor, seen: dict[str, torch.Tensor] | None) -> None:
-        super().__init__(get_format("f32"), {"weight": w}, *w.shape)
-        self.name, self.seen = name, seen
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if self.seen is not None:
-            self.seen[self.name] = self.seen.get(self.name, 0) + x.square().sum(0)
-        return super().__call__(x)
 
 
 def off_the_grid(name: str, w: torch.Tensor) -> torch.Tensor:
@@ -207,44 +178,88 @@ def hidden(weights: PackWeights, ids: Ids) -> tuple[Side, torch.Tensor]:
     return side, side.normed(x)
 
 
-def model(ways: dict[str, Quantise], cache: Path | None, tokens: int) -> dict[str, object]:
+class Hearing(Calibration):
+    """Keeps what was heard in every layer, and writes nothing."""
+
+    heard_in: dict[int, Any]
+
+    def _save(self) -> None:
+        if self.heard is not None:
+            self.heard_in[self.heard.layer] = self.heard
+
+    def read(self) -> dict[int, Any]:
+        self.heard_in, self.hidden = {}, self.side.embed(self.ids)
+        for spec in self.weights.config.layers:
+            self._through(spec.index, lambda nbytes, stage: None)
+        return self.heard_in
+
+
+def model(
+    ways: dict[str, Quantise], cache: Path | None, tokens: int, calibration: int
+) -> dict[str, object]:
     """The demo's figures by way of storing its experts."""
     pack = demo_pack(fmt="bf16", cache_dir=cache)
     base = open_weights(pack)
     assert isinstance(base, PackWeights)
-    energy: dict[str, torch.Tensor] = {}
-    hidden(
-        Variant(base, off_the_grid, energy), Ids.read(pack, FOLDER / "demo_text.txt", 1024, 1024)
-    )
+    original = Variant(base, off_the_grid)
+    heard = Hearing(original, pack, pack, tokens=calibration).read()
+    print("demo        calibrated", flush=True)
     ids = Ids.read(pack, None, tokens, base.config.max_context)
     rows, targets, spans = ids.predictions()
-    source, exact = hidden(Variant(base, off_the_grid), ids)
-    results: dict[str, object] = {}
-    for name, quantise in ways.items():
+    source, exact = hidden(original, ids)
+    logits = list(source.logits(exact[rows]))
+    wide, bits = widened(original, pack)
+    results: dict[str, object] = {"widened": wide}
+    tried = [(name, way, (), BITS[name]) for name, way in ways.items()]
+    tried.append(("nf4 4.5 bits", ways["nf4 feedback"], tuple(wide), bits))
+    for name, quantise, eight, stored in tried:
 
-        def change(tensor: str, w: torch.Tensor, quantise: Quantise = quantise) -> torch.Tensor:
-            mine = energy.get(tensor, torch.ones(w.shape[1]))
-            # A channel that was silent in a thousand tokens may speak in the next.
-            return quantise(off_the_grid(tensor, w), mine + 0.01 * mean_of(mine))
+        def change(
+            tensor: str, w: torch.Tensor, quantise: Quantise = quantise,
+            eight: tuple[int, ...] = eight,
+        ) -> torch.Tensor:  # fmt: skip
+            layer, expert, part = expert_of(tensor) or (0, 0, "")
+            w = off_the_grid(tensor, w)
+            if layer in eight:
+                return get_format("int8").unpack(get_format("int8").pack(w))
+            return quantise(w, heard[layer].of(expert, part, "feedback"))
 
         side, found = hidden(Variant(base, change), ids)
         scores = Scores(targets, two=True)
-        for pair in zip(side.logits(found[rows]), source.logits(exact[rows]), strict=True):
+        for pair in zip(side.logits(found[rows]), logits, strict=True):
             scores.add(*pair)
-        figures = scores.figures(spans["all"])
-        results[name] = {"bits": BITS[name], **dataclasses.asdict(figures)}
+        each = {text: scores.figures(rows) for text, rows in spans.items()}
+        figures = each["all"]
+        results[name] = {"bits": stored, **{t: dataclasses.asdict(f) for t, f in each.items()}}
         print(
-            f"demo        {name:16} {BITS[name]:.2f} bits  KL {figures.kl:.4f}  "
+            f"demo        {name:16} {stored:.2f} bits  KL {figures.kl:.4f}  "
             f"top-1 {figures.top1:.3f}  perplexity {figures.perplexity:.3f} "
-            f"({figures.source_perplexity:.3f})",
+            f"({figures.source_perplexity:.3f})  "
+            + "  ".join(f"{text} {f.kl:.3f}" for text, f in each.items() if text != "all"),
             flush=True,
         )
     return results
 
 
-def mean_of(energy: torch.Tensor) -> float:
-    """Its mean, or 1 where there was none."""
-    return float(energy.mean()) or 1.0
+def widened(original: PackWeights, pack: Path) -> tuple[list[int], float]:
+    """Layers whose experts go to int8 within 4.5 bits, as `--bits` chooses, and the bits then."""
+    losses = weigh(original, pack, get_format("nf4"))
+    shapes = [(linear.rows, linear.cols) for e in [original.expert(next(iter(losses)), 0)]
+              for linear in (e.gate, e.up, e.down)]  # fmt: skip
+    weights = sum(rows * cols for rows, cols in shapes)
+    four, eight = (
+        8 * sum(get_format(f).nbytes(*shape) for shape in shapes) / weights for f in ("nf4", "int8")
+    )
+    count = int((4.5 - four) / (eight - four) * len(losses))
+    wide = sorted(losses, key=lambda layer: (-losses[layer], layer))[:count]
+    return sorted(wide), four + (eight - four) * count / len(losses)
+
+
+def heard_of(x: torch.Tensor) -> Importance:
+    """What calibration learns from these inputs."""
+    columns = importance_of(x.square().mean(0))
+    assert columns is not None
+    return Importance(columns, upper_factor(x.T @ x, len(x)))
 
 
 def main() -> None:
@@ -252,13 +267,14 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=512)
     parser.add_argument("--cols", type=int, default=2048)
     parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--calibrate-tokens", type=int, default=1500)
     parser.add_argument("--model", action="store_true")
     parser.add_argument("--cache", type=Path, help="cache folder of the demo; default: the user's")
     args = parser.parse_args()
     ways: dict[str, Quantise] = {
-        "nf4": nf4,
-        "nf4 importance": nf4_trials(64, weighted=True),
-        "nf4 block 32": nf4_trials(32, weighted=False),
+        "nf4": nf4(calibrated=False),
+        "nf4 columns": nf4(calibrated=True),
+        "nf4 feedback": nf4(calibrated=True, feedback=True),
         "q4_k": q4_k(weighted=False),
         "q4_k importance": q4_k(weighted=True),
     }
@@ -267,25 +283,31 @@ def main() -> None:
         g = torch.Generator().manual_seed(0)
         w = weights(kind, (args.rows, args.cols), g)
         channels = torch.exp(torch.randn(args.cols, generator=g))
-        seen, x = (torch.randn(args.tokens, args.cols, generator=g) * channels for _ in range(2))
-        energy, exact = seen.square().mean(0), x @ w.T  # measured on other tokens than judged on
+        mix = torch.randn(args.cols // 8, args.cols, generator=g) / (args.cols / 8) ** 0.5
+        inputs = []
+        for part in range(
+            4
+        ):  # calibrated on other tokens than judged on: plain, plain, mixed, mixed
+            x = torch.randn(args.tokens * (1 if part % 2 else 8), args.cols, generator=g)
+            if part >= 2:
+                x = (x + torch.randn(len(x), len(mix), generator=g) @ mix) / 2**0.5
+            inputs.append(x * channels)
+        known = [heard_of(inputs[0]), heard_of(inputs[2])]
         results[kind] = {}
         for name, quantise in ways.items():
-            stored = quantise(w, energy)
-            found = {
-                "bits": BITS[name],
-                "weights": round(relative_rms(w, stored), 5),
-                "output": round(relative_rms(exact, x @ stored.T), 5),
-            }
+            stored = [quantise(w, each) for each in known]
+            found = {"bits": BITS[name], "weights": round(relative_rms(w, stored[0]), 5)}
+            for case, x, q in zip(("output", "mixed"), inputs[1::2], stored, strict=True):
+                found[case] = round(relative_rms(x @ w.T, x @ q.T), 5)
             results[kind][name] = found
             print(
                 f"{kind:10}  {name:16} {found['bits']:.2f} bits  weights {found['weights']:.4f}  "
-                f"output {found['output']:.4f}",
+                f"output {found['output']:.4f}  mixed {found['mixed']:.4f}",
                 flush=True,
             )
     report = {"rows": args.rows, "cols": args.cols, "tokens": args.tokens, "results": results}
     if args.model:
-        report["demo"] = model(ways, args.cache, args.tokens)
+        report["demo"] = model(ways, args.cache, args.tokens, args.calibrate_tokens)
     print(json.dumps(report | {"torch": torch.__version__, "machine": platform.machine()}))
 
 

@@ -19,10 +19,6 @@ from quant.fp8 import Fp8Rows
 
 FLOOR = 0.01
 """Of the mean, added to each column: one that was silent in the calibration may speak later."""
-DAMPING = 0.1
-"""Of the mean energy, added to every column's own: fewer tokens than columns were heard, and other
-texts go together differently. 0.02 to 0.5 differ by a few percent of the divergence."""
-
 _TRIALS = (
     1, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.74, 0.78, 0.81, 0.84, 0.87, 0.9, 0.93, 0.96,
     1.04, 1.08, 1.12,
@@ -53,17 +49,21 @@ def importance_of(energy: torch.Tensor) -> torch.Tensor | None:
     return (heard / mean + FLOOR).float()
 
 
-def upper_factor(moments: torch.Tensor, damping: float = DAMPING) -> torch.Tensor | None:
-    """Second moments X^T X (K, K) -> U (K, K) f32 upper with U^T U = (moments + damping)^-1.
+def upper_factor(moments: torch.Tensor, rows: int) -> torch.Tensor | None:
+    """Second moments X^T X (K, K) of `rows` inputs -> U (K, K) f32, upper.
 
+    U^T U is the inverse of the moments with what columns share made smaller by K / (K + rows), and
+    FLOOR added: few rows say little about pairs of columns. On random inputs of 1024 columns that
+    is within 3 % of the best for 128 to 8192 rows, whether columns go together or not; a constant
+    added to the columns alone made 128 rows 40 % worse than knowing no pairs at all.
     None where there is nothing to invert: no input was heard, or it was no number.
     """
-    h = moments.double()
-    mean = h.diagonal().mean()
-    if not bool(h.isfinite().all()) or not mean > 0:
+    own = moments.diagonal().double()
+    mean, k = own.mean(), moments.shape[0]
+    if not bool(moments.isfinite().all()) or not mean > 0:
         return None
-    h = h / mean
-    h.diagonal().add_(damping)
+    h = moments.double() * (rows / (k + rows) / mean)
+    h.diagonal().copy_(own / mean + FLOOR)
     lower, failed = torch.linalg.cholesky_ex(h)
     if failed:
         return None

@@ -15,12 +15,12 @@ from demo_fixtures import tiny_metadata
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mimo_local import kernels
+from mimo_local import cli, kernels
 from mimo_local.demo.tokenizer_files import files_from_gguf
-from mimo_local.errors import CancelledError, NativeError, PackError, UsageError
+from mimo_local.errors import CancelledError, ExitCode, NativeError, PackError, UsageError
 from mimo_local.events import Progress
-from mimo_local.fidelity import budget
-from mimo_local.fidelity.calibration import FILE, Calibration
+from mimo_local.fidelity import budget, calibration
+from mimo_local.fidelity.calibration import FILE, Calibration, texts_for
 from mimo_local.fidelity.side import Side
 from mimo_local.weights import open_weights
 from quant.calibrated import Importance, importance_of, pack_nf4, upper_factor
@@ -110,19 +110,43 @@ def test_moments_nothing_can_be_made_of_give_no_factor(broken: str) -> None:
         moments.zero_()
     else:
         moments[3, 4] = math.nan if broken == "nan" else math.inf
-    assert upper_factor(moments) is None
+    assert upper_factor(moments, 99) is None
 
 
-def test_the_factor_is_of_the_damped_inverse_whatever_the_rank() -> None:
-    x = torch.randn(20, 64, generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize("rows", [1, 20, 5000])
+def test_the_factor_is_of_the_shrunk_inverse_whatever_the_rank(rows: int) -> None:
+    x = torch.randn(rows, 64, generator=torch.Generator().manual_seed(1))
     x[:, 7] = 0  # a column nobody speaks in
     moments = x.T @ x
-    upper = upper_factor(moments, 0.1)
+    upper = upper_factor(moments, rows)
     assert upper is not None and torch.equal(upper, upper.triu())
-    h = moments.double() / moments.double().diagonal().mean()
-    h.diagonal().add_(0.1)
+    h = moments.double() * rows / (64 + rows)
+    h.diagonal().copy_(moments.double().diagonal())
+    h = h / h.diagonal().mean() + 0.01 * torch.eye(64)
     u = upper.double()
     assert torch.allclose(u.T @ u @ h, torch.eye(64).double(), atol=1e-4)
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("rows", [32, 128, 2048])
+def test_feedback_from_few_rows_is_hardly_worse_than_none(rows: int, together: bool) -> None:
+    g = torch.Generator().manual_seed(2)
+    mix = torch.randn(32, 256, generator=g) / 32**0.5 * together
+    scale = torch.exp(torch.randn(256, generator=g))
+    seen, other = (
+        (torch.randn(n, 256, generator=g) + torch.randn(n, 32, generator=g) @ mix) * scale
+        for n in (rows, 2048)
+    )
+    w, columns = matrix("normal", 96, 256, 2), importance_of(seen.square().mean(0))
+    assert columns is not None
+
+    def lost(known: Importance) -> float:
+        found = NF4.unpack(pack_nf4(w, known))
+        return float((other @ (found - w).T).norm() / (other @ w.T).norm())
+
+    plain = lost(Importance(columns))
+    fed = lost(Importance(columns, upper_factor(seen.T @ seen, rows)))
+    assert fed < (plain if together else 1.04 * plain)
 
 
 # ---- weighted search -----------------------------------------------------------------------------
@@ -160,7 +184,7 @@ def test_kernel_and_twin_agree(kind: str, monkeypatch: pytest.MonkeyPatch) -> No
         pytest.skip("no native library here: the twin is all there is")
     w, columns = matrix(kind, 33, 320, 3), importance_of(energies(320, 1.0, 3))
     x = torch.randn(99, 320, generator=torch.Generator().manual_seed(4))
-    upper = upper_factor(x.T @ x)
+    upper = upper_factor(x.T @ x, len(x))
     assert columns is not None and upper is not None
     for known in (Importance(columns), Importance(columns, upper)):
         native = pack_nf4(w, known)
@@ -178,7 +202,7 @@ def test_every_table_gives_the_same_bits() -> None:
         pytest.skip("no native library here")
     w, columns = matrix("heavy", 9, 256, 5), importance_of(energies(256, 2.0, 5))
     assert columns is not None
-    upper = upper_factor(torch.diag(columns) + 0.3)
+    upper = upper_factor(torch.diag(columns) + 0.3, 256)
     assert upper is not None
     found = []
     for isa in ("scalar", "avx2", "avx_vnni", "avx512"):
@@ -208,7 +232,7 @@ def test_fp8_is_packed_as_its_values(way: str) -> None:
     codes = (matrix("normal", 6, 128) * 2000).to(torch.float8_e4m3fn)
     stored = Fp8Rows(codes, torch.tensor([[1e-3]]), torch.zeros(6, dtype=torch.int32), 128)
     columns = importance_of(energies(128, 1.0))
-    upper = upper_factor(torch.eye(128) + 0.2)
+    upper = upper_factor(torch.eye(128) + 0.2, 128)
     assert columns is not None
     for known in (Importance(columns), Importance(columns, upper)):
         found, wanted = pack_nf4(stored, known), pack_nf4(stored.values(), known)
@@ -218,7 +242,7 @@ def test_fp8_is_packed_as_its_values(way: str) -> None:
 def test_nan_is_refused() -> None:
     w, columns = matrix("normal", 4, 64), energies(64, 1.0)
     w[2, 5] = math.nan
-    for known in (Importance(columns), Importance(columns, upper_factor(torch.eye(64)))):
+    for known in (Importance(columns), Importance(columns, upper_factor(torch.eye(64), 64))):
         with pytest.raises((NativeError, PackError), match="NaN"):
             pack_nf4(w, known)
 
@@ -238,14 +262,14 @@ def test_feedback_lowers_the_error_of_outputs_on_tokens_it_has_not_seen(way: str
         return float((other @ (NF4.unpack(parts) - w).T).norm() / (other @ w.T).norm())
 
     weighted = lost(pack_nf4(w, Importance(columns)))
-    fed = lost(pack_nf4(w, Importance(columns, upper_factor(seen.T @ seen))))
+    fed = lost(pack_nf4(w, Importance(columns, upper_factor(seen.T @ seen, 600))))
     assert fed < 0.9 * weighted
 
 
 def test_feedback_takes_rows_in_any_pieces_and_views(way: str) -> None:
     w = matrix("normal", 24, 192, 7)
     x = torch.randn(300, 192, generator=torch.Generator().manual_seed(7))
-    known = Importance(energies(192, 0.5), upper_factor(x.T @ x))
+    known = Importance(energies(192, 0.5), upper_factor(x.T @ x, len(x)))
     whole, room = pack_nf4(w, known), torch.zeros(24 * 99, dtype=torch.uint8)
     views = {
         "codes": room[: 24 * 96].view(24, 96),
@@ -439,3 +463,74 @@ def test_a_mixed_pack_is_made_said_and_found_again(source: Path, tmp_path: Path)
 def test_absurd_budgets_are_refused(source: Path, bits: float) -> None:
     with pytest.raises(UsageError, match="cannot be kept"):
         budget.check(Checkpoint.open(source), Recipe(), bits)
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+
+def test_the_command_calibrates_within_a_budget(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(calibration, "PIECE", TOKENS)
+    monkeypatch.setattr(calibration, "texts_for", lambda *args: texts_for(*args[:2], TOKENS))
+    target = tmp_path / "pack"
+    bits = budget.mean_bits(Checkpoint.open(source), Recipe()) + 1
+    command = ["quantize", str(source), str(target), "--calibrate", "--bits", f"{bits:.2f}"]
+    assert cli.main(command) == ExitCode.OK
+    said = capsys.readouterr().err
+    assert "| layer | experts' error | stored as |" in said and "bits a weight" in said
+    assert f"calibration reads {4 * TOKENS} tokens: about" in said
+    assert "nf4 by error feedback" in said
+    first = bytes_of(target)
+    assert cli.main(command) == ExitCode.OK
+    assert "experts' error" not in capsys.readouterr().err  # known from the pack
+    assert bytes_of(target) == first
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--calibrate", "--no-search"], "exclude each other"),
+        (["--format", "int8", "--bits", "8.5"], "--bits widens experts at nf4"),
+        (["--bits", "2"], "cannot be kept"),
+    ],
+)
+def test_what_goes_not_together_is_refused(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], said: str
+) -> None:
+    target = tmp_path / "pack"
+    assert cli.main(["quantize", str(source), str(target), *options]) == ExitCode.USAGE
+    assert said in capsys.readouterr().err and not target.exists()
+
+
+@pytest.mark.parametrize("rows", [1, 4, 16, 80])
+def test_products_take_scales_of_either_sign(rows: int) -> None:
+    library = kernels.get()
+    if library is None:
+        pytest.skip("no native library here")
+    w, columns = matrix("normal", 96, 512, 8), importance_of(energies(512, 1.0, 8))
+    assert columns is not None
+    parts = pack_nf4(w, Importance(columns))
+    assert (parts["scales"] < 0).any() and (parts["scales"] > 0).any()
+    x = torch.randn(rows, 512, generator=torch.Generator().manual_seed(8))
+    wanted = x.double() @ NF4.unpack(parts).double().T
+    for isa in ("scalar", "avx2", "avx_vnni", "avx512", "amx"):
+        try:
+            k = library.with_isa(isa)
+        except NativeError:
+            continue
+        y = torch.empty(rows, 96)
+        k.matmul(NF4.matrix(parts), x.data_ptr(), 512, rows, y.data_ptr(), 96)
+        assert float((y - wanted).norm() / wanted.norm()) < 0.015, isa
+
+
+def test_bitsandbytes_reads_scales_of_either_sign() -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    w, columns = matrix("normal", 8, 128, 9), importance_of(energies(128, 1.0, 9))
+    assert columns is not None
+    parts = pack_nf4(w, Importance(columns))
+    assert (parts["scales"] < 0).any()
+    _, state = functional.quantize_4bit(w, blocksize=64, quant_type="nf4")
+    state.absmax = parts["scales"].float().flatten()
+    read = functional.dequantize_4bit(parts["codes"].reshape(-1, 1), state)
+    assert torch.equal(read, NF4.unpack(parts))

@@ -165,6 +165,10 @@ def within(source: Checkpoint, recipe: Recipe, target: Path, bits: float) -> Rec
         status = Status()
         try:
             losses = budget.probe(source, recipe, status)
+        except KeyboardInterrupt:
+            raise CancelledError(
+                "stopped before anything was written", hint="run the same command again"
+            ) from None
         finally:
             status.clear()
         known = budget.spend(source, recipe, bits, losses)
@@ -175,6 +179,9 @@ def within(source: Checkpoint, recipe: Recipe, target: Path, bits: float) -> Rec
         say(table(("layer", "experts' error", "stored as"), rows))
     say(f"{len(known.wide)} layers' experts at int8: {budget.mean_bits(source, known):.3f} bits a "
         f"weight, {bits:g} allowed")  # fmt: skip
+    if known.wide:
+        say("note: experts have two sizes: where not all of them fit in memory, each takes the "
+            "room of a larger one")  # fmt: skip
     return known
 
 

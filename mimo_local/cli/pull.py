@@ -135,6 +135,8 @@ def _pull(options: Options, target: Path, tell: _Teller, *, dry_run: bool, yes: 
         finally:
             found.close()
     packs.layout_of(pack)
+    if not tell.json:
+        packs.report_on(pack, None)
     _finished(target, pack.nbytes, tell)
     return ExitCode.OK
 

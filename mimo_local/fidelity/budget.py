@@ -22,7 +22,7 @@ from mimo_local.experts.store import apply
 from mimo_local.fidelity.calibration import texts_for
 from mimo_local.fidelity.losses import layer_bytes
 from mimo_local.fidelity.side import Side
-from mimo_local.weights import CheckpointWeights, Expert, OnProgress, QuantLinear
+from mimo_local.weights import CheckpointWeights, Expert, OnProgress, PackWeights, QuantLinear
 from quant.checkpoint import Checkpoint
 from quant.convert import checked_jobs
 from quant.formats import Format, get_format
@@ -48,7 +48,7 @@ class LayerLoss:
 class _Prober(PassingStore):
     """Runs every expert twice: as it is, and rounded; keeps the difference."""
 
-    def __init__(self, weights: CheckpointWeights, fmt: Format) -> None:
+    def __init__(self, weights: CheckpointWeights | PackWeights, fmt: Format) -> None:
         super().__init__(weights, exact=True)
         self.format, self.lost = fmt, torch.empty(0)
 
@@ -89,20 +89,28 @@ class _Prober(PassingStore):
 
 def probe(source: Checkpoint, recipe: Recipe, told: OnProgress | None = None) -> list[LayerLoss]:
     """Every mixture layer's loss, in the order of the layers. CheckpointError for NaN."""
-    weights = CheckpointWeights(source, ModelConfig.from_dir(source.path))
-    texts = texts_for(source.path, TOKENS, TOKENS)
+    weights, wide = CheckpointWeights(source, ModelConfig.from_dir(source.path)), get_format(WIDE)
+    found = weigh(weights, source.path, get_format(recipe.experts), told)
+    losses = []
+    for job in checked_jobs(source, recipe):
+        if job.shapes is not None:
+            narrow, shapes = get_format(job.fmt), job.shapes.values()
+            more = sum(wide.nbytes(*shape) - narrow.nbytes(*shape) for shape in shapes)
+            losses.append(LayerLoss(job.layer, found[job.layer], more * job.count))
+    return losses
+
+
+def weigh(
+    weights: CheckpointWeights | PackWeights, tokenizer: Path, fmt: Format,
+    told: OnProgress | None = None,
+) -> dict[int, float]:  # fmt: skip
+    """`LayerLoss.loss` of every mixture layer with experts rounded to `fmt`."""
+    texts = texts_for(tokenizer, TOKENS, TOKENS)
     side = Side(weights, [len(text) for text in texts], exact=True)
-    prober = side.store = _Prober(weights, get_format(recipe.experts))
-    wide = get_format(WIDE)
-    sizes, done, losses = layer_bytes(weights), 0, []
+    prober = side.store = _Prober(weights, fmt)
+    sizes, done, found = layer_bytes(weights), 0, {}
     total = sum(n for layer, n in sizes.items() if layer is not None)
     x = side.embed(torch.tensor([i for text in texts for i in text]))
-    for job in checked_jobs(source, recipe):
-        if job.shapes is None:
-            continue
-        more = sum(wide.nbytes(*s) - get_format(job.fmt).nbytes(*s) for s in job.shapes.values())
-        losses.append(LayerLoss(job.layer, 0.0, more * job.count))
-    found = {loss.layer: loss for loss in losses}
     for spec in weights.config.layers:
         size, before = sizes[spec.index], done
         stage = f"weighing layer {spec.index}"
@@ -113,15 +121,16 @@ def probe(source: Checkpoint, recipe: Recipe, told: OnProgress | None = None) ->
 
         x = side.through(spec, x, tell)
         done += size
-        if spec.index in found:
-            loss = float((prober.lost.double().norm() / x.double().norm()).item())
-            if not loss < float("inf"):
-                raise CheckpointError(
-                    f"layer {spec.index} gives NaN or infinity for the calibration texts",
-                    hint="the hub's checksums tell whether the checkpoint is damaged",
-                )
-            found[spec.index] = replace(found[spec.index], loss=float(f"{loss:.4g}"))
-    return list(found.values())
+        if spec.mlp != "moe":
+            continue
+        loss = float(prober.lost.double().norm() / x.double().norm())
+        if not loss < float("inf"):
+            raise CheckpointError(
+                f"layer {spec.index} gives NaN or infinity for the calibration texts",
+                hint="the hub's checksums tell whether the checkpoint is damaged",
+            )
+        found[spec.index] = float(f"{loss:.4g}")
+    return found
 
 
 def mean_bits(source: Checkpoint, recipe: Recipe) -> float:

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +33,7 @@ from mimo_local.tokenizer import Tokenizer
 from mimo_local.weights import CheckpointWeights, Expert, PackWeights
 from quant.calibrated import Importance, importance_of, pack_nf4, upper_factor
 from quant.checkpoint import Checkpoint
+from quant.formats import BLOCK
 from quant.inventory import expert_of
 from quant.jobs import Job
 from quant.writer import PART, writing
@@ -53,11 +55,12 @@ class _Heard:
     """(D, D) f32 of the rows that go into all experts: X^T X."""
     inner: torch.Tensor
     """(E, I) f32: summed squares of what each expert's last matrix is multiplied with."""
-    rows: list[int] = field(default_factory=list)
+    tokens: int
+    """How many rows that were."""
 
     @cached_property
     def upper(self) -> torch.Tensor | None:
-        return upper_factor(self.moments)
+        return upper_factor(self.moments, self.tokens)
 
     def of(self, expert: int, part: str, method: Method) -> Importance | None:
         """For one matrix; None where nothing was heard that tells its columns apart."""
@@ -89,7 +92,7 @@ class _Listener(PassingStore):
         """As it is, and noted."""
         config = self.weights.config
         inner = torch.zeros(config.n_experts, config.moe_intermediate_size)
-        self.heard = _Heard(layer, x.T @ x, inner)
+        self.heard = _Heard(layer, x.T @ x, inner, len(x))
         return super().sweep(layer, x, ids, w, cancel=cancel)
 
     def _add(
@@ -154,21 +157,26 @@ class Calibration:
         return 8 * (len(self.ids) * width + width * width + inner)
 
     def predicted_seconds(self) -> float:
-        """About how long reading the texts and the slower rounding take, from one small matrix.
+        """About how long reading the texts and the slower rounding take, from small samples.
 
-        A row of the texts meets the weights of its experts; feedback multiplies each row of an
-        expert's first two matrices with half of a D x D matrix.
+        A row of the texts meets attention and the weights of its experts; feedback multiplies each
+        row of an expert's first two matrices with half of a D x D matrix, and rounds column after
+        column. The disk is not counted: a conversion waits for it as well.
         """
         config = self.weights.config
         layers = sum(spec.mlp == "moe" for spec in config.layers)
         width, inner = config.hidden_size, config.moe_intermediate_size
-        reading = 6.0 * width * inner * config.experts_per_token * len(self.ids) * layers
-        reading += 2.0 * width**2 * len(self.ids) * layers
-        rounding = 2.0 * inner * width**2 * config.n_experts * layers
-        weights = 3 * inner * width * config.n_experts * layers
+        matrices, one = config.n_experts * layers, inner * width
+        read = layers * (3 * one * config.experts_per_token + width**2)
+        for spec in config.layers:
+            values = (spec.heads + spec.kv_heads) * (spec.head_dim + spec.v_head_dim)
+            read += width * (values + (0 if spec.mlp == "moe" else 3 * spec.intermediate))
+        reading = 2.0 * len(self.ids) * read
+        weighted = 3 * one * matrices / _rounding_rate(None)
         if self.method == "columns":
-            rounding = 0.0
-        return (reading + rounding) / _product_rate() + weights / _rounding_rate()
+            return reading / _product_rate() + weighted
+        fed = 2 * one * matrices / _rounding_rate(torch.eye(BLOCK))
+        return (reading + 2.0 * inner * width**2 * matrices) / _product_rate() + weighted / 3 + fed
 
     def before(self, job: Job, tell: Tell) -> None:
         """Have heard what the job's experts are multiplied with; `tell` hears bytes and where."""
@@ -227,7 +235,10 @@ class Calibration:
         about = {"layers": self.layers, "identity": self.identity}
         part = self.path.with_name(self.path.name + PART)
         with writing(self.path, 0, 0):
-            part.write_bytes(save(tensors, {"calibration": json.dumps(about, sort_keys=True)}))
+            with part.open("wb") as file:
+                file.write(save(tensors, {"calibration": json.dumps(about, sort_keys=True)}))
+                file.flush()
+                os.fsync(file.fileno())
             part.replace(self.path)
 
     def _load(self, tell: Tell) -> None:
@@ -246,7 +257,7 @@ class Calibration:
             return
         self.layers, self.hidden = layers, hidden
         with suppress(KeyError):
-            self.heard = _Heard(layers - 1, found["moments"], found["inner"])
+            self.heard = _Heard(layers - 1, found["moments"], found["inner"], len(hidden))
         for index in range(layers):
             tell(self.sizes[index], f"calibrating layer {index}")
 
@@ -257,11 +268,11 @@ def _product_rate() -> float:
     return 2.0 * a.numel() * b.shape[1] / _quickest(lambda: a @ b)
 
 
-def _rounding_rate() -> float:
-    """Weights a second of the weighted search."""
-    w = torch.randn(128, 1024, generator=torch.Generator().manual_seed(0))
-    columns = Importance(torch.linspace(0.5, 1.5, w.shape[1]))
-    return w.numel() / _quickest(lambda: pack_nf4(w, columns))
+def _rounding_rate(upper: torch.Tensor | None) -> float:
+    """Weights a second of the weighted search, or of feedback within a block."""
+    w = torch.randn(2048, BLOCK, generator=torch.Generator().manual_seed(0))
+    known = Importance(torch.linspace(0.5, 1.5, BLOCK), upper)
+    return w.numel() / _quickest(lambda: pack_nf4(w, known))
 
 
 def _quickest(work: Callable[[], object]) -> float:
