@@ -158,11 +158,11 @@ def _parts(
 def _experts(config: ModelConfig, sizes: PackSizes, vram: int, ram: int) -> Placement:
     """Counts of experts for the bytes that are left; everything else is still empty."""
     in_vram = in_ram = staging = copies = 0
-    slot = sizes.expert
+    slot = sizes.mean
     if sizes.experts:
         in_vram = min(sizes.experts, vram // sizes.vram_slot)
         left = sizes.experts - in_vram
-        if left * sizes.expert > ram:
+        if left * sizes.mean > ram:
             # A disk tier: the misses of the layer at work and guesses for the next one land here.
             staging, slot = 2 * config.experts_per_token, sizes.ram_slot
             ram -= staging * slot
@@ -266,7 +266,7 @@ def rows(sizes: PackSizes, found: Placement) -> tuple[Row, ...]:
         _row(f"read slots, {found.staging_slots}", 0, found.staging_slots * found.ram_slot),
         _row("left alone", there.reserve, found.reserve),
     ]
-    one, copies = sizes.expert, found.copies
+    one, copies = sizes.mean, found.copies
     lines += [
         _row("wider scales in VRAM", found.vram_experts * (sizes.vram_slot - one)),
         _row("ends of RAM slots", 0, found.ram_experts * (found.ram_slot - one)),
