@@ -178,6 +178,16 @@ def test_a_model_without_experts_goes_to_the_gpu_whole() -> None:
     assert found.prediction and found.prediction.prefill.bound == "GPU"
 
 
+def test_small_experts_take_no_whole_pages_of_vram() -> None:
+    config = shape_config(5, 512, shape="tiny")
+    pack = PackSizes.estimate(config, Recipe.uniform("int8"))
+    assert pack.vram_slot < pack.expert
+    found = plan(config, pack, machine(8))
+    assert found.placement.vram_experts == pack.experts
+    assert all(min(row.vram, row.ram, row.disk) >= 0 for row in found.table)
+    assert sum(row.vram for row in found.table) == found.vram_bytes + found.device.reserve
+
+
 # -- how fast --------------------------------------------------------------------------------------
 
 # Section by section the same machine in an independent cost model, which sampled routings: 4.5 bits

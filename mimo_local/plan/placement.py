@@ -268,7 +268,7 @@ def rows(sizes: PackSizes, found: Placement) -> tuple[Row, ...]:
     ]
     one, copies = sizes.mean, found.copies
     lines += [
-        _row("wider scales in VRAM", found.vram_experts * (sizes.vram_slot - one)),
+        _row("wider scales in VRAM", found.vram_experts * max(0, sizes.vram_slot - one)),
         _row("ends of RAM slots", 0, found.ram_experts * (found.ram_slot - one)),
         _row(f"copies of VRAM's experts, {copies}", 0, copies * one),
     ]
@@ -277,7 +277,9 @@ def rows(sizes: PackSizes, found: Placement) -> tuple[Row, ...]:
         if count:
             share = round(100 * count / sizes.experts)
             name = f"experts, {count} of {sizes.experts} ({share} %)"
-            lines.append(_row(name, *(count * one if i == tier else 0 for i in range(3))))
+            # In VRAM an expert does not fill whole pages.
+            size = min(one, sizes.vram_slot) if tier == 0 else one
+            lines.append(_row(name, *(count * size if i == tier else 0 for i in range(3))))
     return tuple(line for line in lines if line.nbytes)
 
 
