@@ -181,7 +181,7 @@ def solve(runner: ModelRunner, plan: Plan, found: Timings, prompt: int) -> Calib
     picks = config.experts_per_token * prediction.moe_layers(config) * (1 - in_vram)
     picks = picks if sizes.experts else 0.0
     assumed = rates_of(plan.budget, plan.placement)
-    ram = picks * sizes.expert / experts if picks and experts > 0 else assumed.ram
+    ram = picks * sizes.mean / experts if picks and experts > 0 else assumed.ram
     reached = _rest(config, plan, found.depth, again - experts, replace(assumed, ram=ram))
     missed = (found.spent.misses + found.spent.staged_hits) / wanted if wanted else 0.0
     first = statistics.fmean(found.first)

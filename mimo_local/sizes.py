@@ -199,6 +199,9 @@ class PackSizes:
     mtp: int
     exact: int
     slot: int = 0
+    mixed: int = 0
+    """Bytes of all experts where layers store theirs in different formats and `expert` is of the
+    widest; 0: all are alike."""
     draft_head: int = 0
     """Bytes in memory of the 4-bit copy of the head that drafts are made with."""
     layers: tuple[LayerSize, ...] = ()
@@ -218,17 +221,16 @@ class PackSizes:
             for kind, rows, cols, count in _resident(layer, hidden):
                 tally.matrix(kind, getattr(recipe, kind), (rows, cols), count, layer.index)
         tally.exact(hidden + _exact_mtp(config))
-        experts = 0
         for kind, rows, cols, count in matrices(config):
-            if kind == "experts":
-                experts += matrix_bytes(recipe.experts, rows, cols) * count
-            elif kind not in ("attention", "dense"):
+            if kind not in ("attention", "dense", "experts"):
                 tally.matrix(kind, getattr(recipe, kind), (rows, cols), count)
-        count = sum(layer.mlp == "moe" for layer in config.layers) * config.n_experts
-        one = experts // count if count else 0
-        return tally.sizes(
-            -(-one // ALIGN) * ALIGN, count, [(one, recipe.experts)] if count else []
-        )
+        width, experts = config.moe_intermediate_size, []
+        for layer in config.layers:
+            if layer.mlp == "moe":
+                fmt = recipe.experts_of(layer.index)
+                one = 2 * matrix_bytes(fmt, width, hidden) + matrix_bytes(fmt, hidden, width)
+                experts.append((config.n_experts, -(-one // ALIGN) * ALIGN, one, fmt))
+        return tally.sizes(experts)
 
     @classmethod
     def of_pack(cls, manifest: Mapping[str, Any]) -> PackSizes:
@@ -243,10 +245,11 @@ class PackSizes:
                     tally.exact(math.prod(shape), layer)
                 else:
                     tally.matrix(kind, entry["format"], shape, 1, layer)
-            strides = [int(e["stride"]) for e in found]
-            count = sum(int(e["count"]) for e in found)
-            kinds = [(int(e["nbytes"]), str(e["format"])) for e in found]
-            return tally.sizes(max(strides, default=0), count, kinds)
+            experts = []
+            for e in found:
+                n, stride, nbytes = int(e["count"]), int(e["stride"]), int(e["nbytes"])
+                experts.append((n, stride, nbytes, str(e["format"])))
+            return tally.sizes(experts)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PackError(
                 f"pack.json is damaged: {type(error).__name__}: {error}",
@@ -276,7 +279,12 @@ class PackSizes:
     @property
     def total(self) -> int:
         """Bytes of the whole pack."""
-        return self.resident + self.expert * self.experts + self.mtp
+        return self.resident + (self.mixed or self.expert * self.experts) + self.mtp
+
+    @property
+    def mean(self) -> int:
+        """Bytes of an expert, on average."""
+        return self.mixed // self.experts if self.mixed else self.expert
 
     @property
     def resident(self) -> int:
@@ -324,8 +332,8 @@ class _Tally:
     def _layer(self, index: int) -> dict[str, int]:
         return self.layers.setdefault(index, {f.name: 0 for f in fields(LayerSize)})
 
-    def sizes(self, expert: int, experts: int, kinds: list[tuple[int, str]]) -> PackSizes:
-        """With `experts` of `expert` bytes; `kinds`: (bytes without padding, format) of layers."""
+    def sizes(self, experts: list[tuple[int, int, int, str]]) -> PackSizes:
+        """With (how many, bytes of one with and without padding, format) of layers' experts."""
         fmt, rows, cols = self.head or ("f32", 0, 0)
         copied = self.size["mtp"] > 0 and rows * cols >= SMALL_HEAD and not cols % 64
         copied = copied and fmt not in ("nf4", "mxfp4")
@@ -333,11 +341,15 @@ class _Tally:
             size("nf4", rows, cols) if copied else 0 for size in (matrix_bytes, device_bytes)
         )
         layers = tuple(LayerSize(**self.layers[i]) for i in sorted(self.layers))
+        expert = max((stride for _, stride, _, _ in experts), default=0)
+        count = sum(n for n, _, _, _ in experts)
+        total = sum(n * stride for n, stride, _, _ in experts)
         norms = self.size["exact"] - self.norm - sum(layer.exact for layer in layers)
         return PackSizes(
             expert=expert,
-            experts=experts,
-            slot=max((_slot(*kind) for kind in kinds), default=0),
+            experts=count,
+            slot=max((_slot(nbytes, fmt) for _, _, nbytes, fmt in experts), default=0),
+            mixed=0 if total == count * expert else total,
             draft_head=copy,
             layers=layers,
             vram_head=device_bytes(fmt, rows, cols) + self.norm,

@@ -7,6 +7,7 @@ there, and the most that a step or a prompt takes besides stays below what it ke
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Iterator
@@ -17,7 +18,8 @@ import pytest
 import torch
 from fake_cuda import FakeCuda, fake_cuda
 
-from mimo_local import mtp, sizes, weights
+from mimo_local import mtp, ops, sizes, weights
+from mimo_local.cache import KVCache
 from mimo_local.cache_layers import RingKV
 from mimo_local.config import ModelConfig
 from mimo_local.device import Devices
@@ -26,9 +28,11 @@ from mimo_local.experts.device_store import DeviceStore
 from mimo_local.experts.meters import Meters
 from mimo_local.experts.store import Store
 from mimo_local.experts.vram import VramTier
+from mimo_local.layers import Layer, Step
 from mimo_local.model import Model, Segment
 from mimo_local.mtp import Drafter
 from mimo_local.plan import Budget, Plan, plan
+from mimo_local.plan.residents import CHUNK, growing_bytes
 from mimo_local.sizes import GB, PackSizes
 from mimo_local.weights import Embedding, Expert, QuantLinear
 from quant.formats import get_format
@@ -219,3 +223,34 @@ def test_a_prompt_at_the_end_of_the_context_stays_within_the_plan(cuda: FakeCuda
     assert cuda.peak - before <= on.work + on.hidden
     assert cuda.peak + on.streams <= 24 * GB - on.reserve
     assert tier is not None
+
+
+@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.int8])
+def test_a_chunk_of_a_prompt_takes_no_more_than_is_kept_free(
+    cuda: FakeCuda, kv_dtype: torch.dtype
+) -> None:
+    """One layer of each kind, at the end of a context, where keys are many."""
+    made = planned(24, kv_itemsize=kv_dtype.itemsize)
+    few = dataclasses.replace(REAL, layers=REAL.layers[:2], n_mtp_layers=0, mtp_layer=None)
+    cache = KVCache(few, dtype=kv_dtype, device=CUDA)
+    start = CONTEXT - CHUNK
+    cache.reserve(CONTEXT)
+    cache.length = start
+    for ring in cache.layers:
+        if isinstance(ring, RingKV):
+            ring.first = start - ring.keep
+    ropes = {s.attention: ops.RopeTable(s.rope_theta, s.rotary_dim) for s in few.layers}
+    taken = {}
+    for spec in few.layers:
+        layer = Layer(Blank(), spec, few, Host(), device=CUDA)  # type: ignore[arg-type]
+        x = torch.empty((CHUNK, REAL.hidden_size), device=CUDA)
+        cuda.reset()
+        before = cuda.live
+        step = Step([cache], [CHUNK], ropes)
+        layer.attend(x, step)
+        if spec.mlp == "dense":
+            layer.mix(x, step)
+        taken[spec.attention, spec.mlp] = cuda.peak - before
+    assert set(taken) == {("full", "dense"), ("sliding", "moe")}
+    kept = made.device.work - growing_bytes(REAL, CONTEXT, kv_dtype.itemsize)
+    assert 0.3 * kept < max(taken.values()) <= kept, {k: v / 1e6 for k, v in taken.items()}

@@ -261,6 +261,25 @@ def test_an_expert_in_vram_is_wider_than_in_the_pack() -> None:
     assert PackSizes.estimate(REAL, Recipe.uniform("int8")).vram_slot < 1.001 * 25_198_592
 
 
+def test_layers_of_wider_experts_are_counted_as_they_are() -> None:
+    """Slots are as wide as the widest; what is stored, read and multiplied is not."""
+    mixed = PackSizes.estimate(REAL, Recipe(bits=5.0, wide=(1, 2, 3, 4)))
+    wide = PackSizes.estimate(REAL, Recipe.uniform("int8"))
+    assert mixed.expert == wide.expert and mixed.slot == wide.slot
+    assert mixed.total == PACK.total + 4 * 256 * (wide.expert - PACK.expert)
+    assert PACK.expert < mixed.mean < wide.expert and PACK.mixed == 0 and PACK.mean == PACK.expert
+    for ram in (64, 256):
+        budget = Budget(ram=ram * GB, disk=1000 * GB)
+        plain, found, widest = (plan(REAL, pack, budget) for pack in (PACK, mixed, wide))
+        assert sum(row.ram for row in found.table) <= budget.ram
+        assert plain.prediction and found.prediction and widest.prediction
+        speeds = [p.prediction.tokens_per_s[0] for p in (plain, found, widest) if p.prediction]
+        assert speeds == sorted(speeds, reverse=True)
+    # All of them fit where the widest would not.
+    assert found.staging_slots == 0 < widest.staging_slots
+    assert found.expert_ram_bytes == pytest.approx(mixed.mixed, rel=1e-6)
+
+
 def test_a_long_document_is_read_in_parts_and_says_so() -> None:
     budget = Budget(ram=64 * GB, disk=500 * GB)
     once, twice = (plan(REAL, PACK, budget, context=32_768, tokens=n) for n in (32_768, 65_536))

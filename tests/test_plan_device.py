@@ -12,12 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mimo_local import sizes as counting
+from mimo_local.cli.plan_text import duration
 from mimo_local.config import ModelConfig
 from mimo_local.hardware import Gpu, detect
 from mimo_local.plan import Budget, here, plan, rates, residents
 from mimo_local.plan.cards import CARDS, like, named
+from mimo_local.plan.planner import span
 from mimo_local.plan.prediction import DEPTH, pass_limits, spilling
-from mimo_local.plan.rates import DEVICE_LAYER_S, STEP_S
+from mimo_local.plan.rates import CORE_FLOPS, DEVICE_LAYER_S, STEP_S
 from mimo_local.plan.residents import (
     LEAST_ROWS,
     SHARED,
@@ -174,6 +176,16 @@ def test_a_model_without_experts_goes_to_the_gpu_whole() -> None:
     assert found.device.layers == 5 and found.device.head
     assert found.device.streams == found.device.pinned == 0
     assert found.prediction and found.prediction.prefill.bound == "GPU"
+
+
+def test_small_experts_take_no_whole_pages_of_vram() -> None:
+    config = shape_config(5, 512, shape="tiny")
+    pack = PackSizes.estimate(config, Recipe.uniform("int8"))
+    assert pack.vram_slot < pack.expert
+    found = plan(config, pack, machine(8))
+    assert found.placement.vram_experts == pack.experts
+    assert all(min(row.vram, row.ram, row.disk) >= 0 for row in found.table)
+    assert sum(row.vram for row in found.table) == found.vram_bytes + found.device.reserve
 
 
 # -- how fast --------------------------------------------------------------------------------------
@@ -368,3 +380,42 @@ def test_a_sweeps_own_memory_is_part_of_what_is_kept_free() -> None:
     assert sweep.uploader.nbytes <= found.streams
     assert sweep.nbytes - sweep.uploader.nbytes + 6 * SHARED * 4096 <= found.work
     sweep.close()
+
+
+# -- what the documentation says -------------------------------------------------------------------
+
+GUIDE = Path(__file__).parent.parent / "docs" / "gpu.md"
+MACHINES = (
+    *((0, 64), (0, 192), (8, 32), (8, 64), (12, 64), (16, 64)),
+    *((24, 64), (24, 96), (24, 128), (24, 192), (32, 192), (48, 256)),
+)
+"""(VRAM, RAM) in GB."""
+
+
+def expectations() -> str:
+    head = ("card", "RAM", "in VRAM", "tokens/s", "100 pages read in")
+    lines = [" | ".join(head), " | ".join(["---"] * len(head))]
+    for vram, ram in MACHINES:
+        budget = machine(0, ram, cores=8, core_flops=CORE_FLOPS["avx512"])
+        budget = here.with_gpu(budget, vram * GB) if vram else budget
+        found = plan(REAL, PACK, budget)
+        there, experts = found.device, found.placement.vram_experts
+        held = f"{there.layers} of 48 layers" if there.layers else "-"
+        held = f"all layers, head{', drafter' * there.drafter}" if there.head else held
+        held += f", {100 * experts / PACK.experts:.0f} % of experts" if experts else ""
+        assert found.prediction
+        card = f"{vram} GB (as an {budget.gpu})" if vram else "none"
+        speeds = span(found.prediction.tokens_per_s), duration(found.prediction.prefill.seconds)
+        lines.append(" | ".join((card, f"{ram} GB", held, *speeds)))
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def test_the_guide_says_what_the_planner_says(request: pytest.FixtureRequest) -> None:
+    text = GUIDE.read_text(encoding="utf-8")
+    before, rest = text.split("<!-- table -->\n")
+    table, after = rest.split("<!-- end -->")
+    if request.config.getoption("--update-golden"):
+        new = f"{before}<!-- table -->\n{expectations()}\n<!-- end -->{after}"
+        GUIDE.write_text(new, encoding="utf-8")
+        return
+    assert table.strip() == expectations(), "run `pytest --update-golden` and read the diff"

@@ -110,7 +110,7 @@ def test_prices_are_those_of_the_formats_that_write_the_bytes() -> None:
 
 def test_a_recipe_has_a_format_for_every_kind_of_matrix() -> None:
     names = {field.name for field in dataclasses.fields(Recipe)}
-    assert names == {*sizes.KINDS, "experts", "search"}
+    assert names == {*sizes.KINDS, "experts", "search", "bits", "wide"}
     assert tuple(FORMATS) == FORMAT_NAMES
 
 

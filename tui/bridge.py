@@ -81,7 +81,8 @@ def _described(engine: Backend) -> ModelInfo:
     if isinstance(engine, Remote):
         where = f"{engine.privacy[:1].upper()}{engine.privacy[1:]}."
         return ModelInfo(engine.name, engine.description, "remote", engine.context_limit, where)
-    return ModelInfo(engine.name, engine.description, kernels.describe(), engine.context_limit)
+    kernel = getattr(engine, "kernel", "") or kernels.describe()
+    return ModelInfo(engine.name, engine.description, kernel, engine.context_limit)
 
 
 class Bridge:

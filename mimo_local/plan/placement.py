@@ -158,11 +158,11 @@ def _parts(
 def _experts(config: ModelConfig, sizes: PackSizes, vram: int, ram: int) -> Placement:
     """Counts of experts for the bytes that are left; everything else is still empty."""
     in_vram = in_ram = staging = copies = 0
-    slot = sizes.expert
+    slot = sizes.mean
     if sizes.experts:
         in_vram = min(sizes.experts, vram // sizes.vram_slot)
         left = sizes.experts - in_vram
-        if left * sizes.expert > ram:
+        if left * sizes.mean > ram:
             # A disk tier: the misses of the layer at work and guesses for the next one land here.
             staging, slot = 2 * config.experts_per_token, sizes.ram_slot
             ram -= staging * slot
@@ -266,9 +266,9 @@ def rows(sizes: PackSizes, found: Placement) -> tuple[Row, ...]:
         _row(f"read slots, {found.staging_slots}", 0, found.staging_slots * found.ram_slot),
         _row("left alone", there.reserve, found.reserve),
     ]
-    one, copies = sizes.expert, found.copies
+    one, copies = sizes.mean, found.copies
     lines += [
-        _row("wider scales in VRAM", found.vram_experts * (sizes.vram_slot - one)),
+        _row("wider scales in VRAM", found.vram_experts * max(0, sizes.vram_slot - one)),
         _row("ends of RAM slots", 0, found.ram_experts * (found.ram_slot - one)),
         _row(f"copies of VRAM's experts, {copies}", 0, copies * one),
     ]
@@ -277,7 +277,9 @@ def rows(sizes: PackSizes, found: Placement) -> tuple[Row, ...]:
         if count:
             share = round(100 * count / sizes.experts)
             name = f"experts, {count} of {sizes.experts} ({share} %)"
-            lines.append(_row(name, *(count * one if i == tier else 0 for i in range(3))))
+            # In VRAM an expert does not fill whole pages.
+            size = min(one, sizes.vram_slot) if tier == 0 else one
+            lines.append(_row(name, *(count * size if i == tier else 0 for i in range(3))))
     return tuple(line for line in lines if line.nbytes)
 
 

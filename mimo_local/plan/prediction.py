@@ -45,7 +45,7 @@ def predict(
     depth = min(depth, found.context)
     held = sum(found.vram.values()) + sum(found.ram.values())
     held -= kv_bytes(config, found.context, found.kv_itemsize)
-    kept = (found.vram_experts + found.ram_experts) * sizes.expert
+    kept = (found.vram_experts + found.ram_experts) * sizes.mean
     everything = not found.disk_experts
     return Prediction(
         decode=tuple(decode(config, sizes, found, rates, curve, depth) for curve in curves),
@@ -94,7 +94,7 @@ def decode(
     return Decode(
         routing=curve.name,
         tokens_per_s=1 / (resident + total),
-        disk_bytes=picks * (1 - hit) * sizes.expert,
+        disk_bytes=picks * (1 - hit) * sizes.mean,
         hit=hit,
         resident_s=resident,
         expert_s=at_hand,
@@ -115,7 +115,7 @@ def expert_seconds(
 
     `in_vram`: share that is found in VRAM, `missed`: share that is read from disk.
     """
-    one = (sizes.vram_slot / rates.vram, sizes.expert / rates.ram, sizes.expert / rates.disk)
+    one = (sizes.vram_slot / rates.vram, sizes.mean / rates.ram, sizes.mean / rates.disk)
     layers, k = moe_layers(config), config.experts_per_token
     total = layers * expected_layer_s(k, in_vram, missed, *one)
     return total, layers * expected_layer_s(k, in_vram, 0.0, *one)
@@ -175,7 +175,7 @@ def pass_limits(
     """
     times, spilled = spilling(config, found, tokens)
     share = touched(config, sizes, tokens)
-    on_disk = times * share * found.disk_experts * sizes.expert / rates.disk
+    on_disk = times * share * found.disk_experts * sizes.mean / rates.disk
     experts, rest = memory_s(config, sizes, found, rates, tokens)
     theirs = 6.0 * config.hidden_size * config.moe_intermediate_size * tokens
     theirs *= config.experts_per_token * moe_layers(config)
@@ -227,7 +227,7 @@ def memory_s(
     Weights are unpacked once for all rows, which hides nothing: 5 layers of the real shapes took
     0.30 s for a prompt and 1.9 ms for each of its tokens, and 0.30 s is what reading them takes.
     """
-    experts = (found.disk_experts + found.ram_experts) * sizes.expert
+    experts = (found.disk_experts + found.ram_experts) * sizes.mean
     rest = resident_bytes(config, found, tokens)[1] * math.ceil(tokens / CHUNK)
     return experts * touched(config, sizes, tokens) / rates.ram, rest / rates.rest
 

@@ -93,14 +93,19 @@ def work_bytes(config: ModelConfig, context: int, kv_itemsize: int = 2) -> int:
         for ly in config.layers
     )
     full = [ly for ly in config.layers if ly.window is None]
-    keys = [layer_kv_bytes(ly, context, kv_itemsize) for ly in full]
     # 8-bit keys and values become float32 and bfloat16 before they are multiplied.
     numbers = 6 * max((layer_kv_bytes(ly, context, 1) for ly in full), default=0)
     layer = rows + scores + (numbers if kv_itemsize == 1 else 0) + 2 * 2 * UNPACKED
     sweep = SWEPT * (12 * hidden + 6 * width) + 4 * hidden * width + 6 * SHARED * hidden
-    # A full layer's rows grow by an eighth, and old and new ones are there for a moment.
-    growing = sum(keys) // 8 + max(keys, default=0)
-    return max(layer, sweep if config.is_moe else 0) + growing
+    most = max(layer, sweep if config.is_moe else 0)
+    return most + growing_bytes(config, context, kv_itemsize)
+
+
+def growing_bytes(config: ModelConfig, context: int, kv_itemsize: int = 2) -> int:
+    """Full layers' rows grow by an eighth, and one layer's old and new ones are there at once."""
+    full = [ly for ly in config.layers if ly.window is None]
+    keys = [layer_kv_bytes(ly, context, kv_itemsize) for ly in full]
+    return sum(keys) // 8 + max(keys, default=0)
 
 
 def on_device(
