@@ -136,10 +136,16 @@ def as_mimo_error(error: BaseException) -> MimoError:
     """The error itself, or an unexpected one in our terms with the original as its cause."""
     if isinstance(error, MimoError):
         return error
-    # torch reports a failed allocation as a RuntimeError with this text.
+    # torch reports a failed allocation as a RuntimeError with one of these texts.
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         wrapped: MimoError = NotEnoughMemoryError(
             "the memory ran out while answering", hint="use a smaller --context or a smaller format"
+        )
+    elif isinstance(error, RuntimeError) and "out of memory" in str(error).lower():
+        wrapped = NotEnoughMemoryError(
+            "the GPU's memory ran out while answering",
+            hint="close what else uses the GPU, give the model less of it with `--vram`, or use a "
+            "smaller --context",
         )
     else:
         wrapped = MimoError(

@@ -335,19 +335,32 @@ def test_an_error_ends_the_request_not_the_engine() -> None:
         assert ask(engine, PROMPT, session) == ask(engine, PROMPT)
 
 
-def test_running_out_of_memory_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            RuntimeError(
+                "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"
+            ),
+            "the memory ran out",
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "the GPU's"),
+    ],
+)
+def test_running_out_of_memory_says_so(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
+) -> None:
     model = FakeModel()
 
     def forward(*_: Any, **__: Any) -> torch.Tensor:
-        raise RuntimeError(
-            "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"
-        )
+        raise error
 
     monkeypatch.setattr(model, "forward", forward)
     with make(model) as engine:
         failed = list(engine.submit(engine.new_session(), PROMPT, params()))[-1]
         assert isinstance(failed, Failed)
         assert isinstance(failed.error, NotEnoughMemoryError)
+        assert failed.error.message.startswith(said)
 
 
 def test_impossible_requests_are_refused_at_once() -> None:
