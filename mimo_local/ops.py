@@ -74,38 +74,37 @@ def scores(x: torch.Tensor, router: torch.Tensor) -> torch.Tensor:
 
 
 class RopeTable:
-    """cos and sin of one rotary base, grown as positions ask for it."""
+    """cos and sin of one rotary base, made in blocks of positions, of which the last are kept.
+
+    A table of a million positions would take 0.5 GB for each base.
+    """
+
+    BLOCK = 1024
+    KEPT = 256
+    """Blocks kept: 128 MB with 64 rotated dims, more than the sequences of a step are apart in."""
 
     def __init__(self, theta: float, rotary_dim: int, device: torch.device | None = None) -> None:
         """Angles are float32 products, as in training: float64 would differ at far positions."""
         exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=device) / rotary_dim
         self.frequencies = 1.0 / theta**exponents
-        self.cos = self.sin = self.frequencies.new_empty((0, 1, rotary_dim))
-        self._where: tuple[int, int] | None = None
+        self._row = 4 * rotary_dim
+        self._blocks: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._where: dict[int, tuple[int, int]] = {}
+        self._span: tuple[torch.Tensor, torch.Tensor] | None = None
         self._there: dict[torch.device, torch.Tensor] = {}
         """The frequencies by device."""
 
-    def grow(self, n: int) -> None:
-        """Make positions 0 .. n-1 available."""
-        have = self.cos.shape[0]
-        if n <= have:
-            return
-        n = max(n, 2 * have, 512)
-        with torch.inference_mode(False):
-            positions = torch.arange(n, dtype=torch.float32, device=self.frequencies.device)
-            angles = positions[:, None] * self.frequencies
-            cos, sin = angles.cos(), angles.sin()
-            self.cos = torch.cat((cos, cos), -1)[:, None]
-            self.sin = torch.cat((-sin, sin), -1)[:, None]
-        self._where = None
-
     def place(self, start: int, n: int) -> tuple[int, int]:
-        """Addresses of `rows` of one sequence, good until the table grows."""
-        self.grow(start + n)
-        at = 4 * start * self.cos.shape[-1]
-        if self._where is None:
-            self._where = (self.cos.data_ptr(), self.sin.data_ptr())
-        return self._where[0] + at, self._where[1] + at
+        """Addresses of `rows` of one sequence, good until the next call."""
+        index, at = divmod(start, self.BLOCK)
+        if at + n > self.BLOCK:
+            self._span = cos, sin = self.rows([(start, n)])
+            return cos.data_ptr(), sin.data_ptr()
+        where = self._where.get(index)
+        if where is None:
+            cos, sin = self._block(index)
+            where = self._where[index] = (cos.data_ptr(), sin.data_ptr())
+        return where[0] + at * self._row, where[1] + at * self._row
 
     def rows(
         self, spans: list[tuple[int, int]], device: torch.device | None = None
@@ -117,15 +116,31 @@ class RopeTable:
         """
         if device is not None and device.type != self.frequencies.device.type:
             return self._computed(spans, device)
-        self.grow(max(start + n for start, n in spans))
-        if len(spans) == 1:
-            start, n = spans[0]
-            return self.cos[start : start + n], self.sin[start : start + n]
-        pieces = [slice(start, start + n) for start, n in spans]
-        return (
-            torch.cat([self.cos[piece] for piece in pieces]),
-            torch.cat([self.sin[piece] for piece in pieces]),
-        )
+        pieces = []
+        for start, n in spans:
+            for index in range(start // self.BLOCK, -(-(start + n) // self.BLOCK)):
+                low = index * self.BLOCK
+                piece = slice(max(start - low, 0), min(start + n - low, self.BLOCK))
+                pieces.append([part[piece] for part in self._block(index)])
+        cos, sin = zip(*pieces, strict=True)
+        return (cos[0], sin[0]) if len(pieces) == 1 else (torch.cat(cos), torch.cat(sin))
+
+    def _block(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin (BLOCK, 1, rotary_dim) of the positions from index * BLOCK on."""
+        found = self._blocks.pop(index, None)
+        if found is None:
+            while len(self._blocks) >= self.KEPT:
+                gone = next(iter(self._blocks))
+                del self._blocks[gone]
+                self._where.pop(gone, None)
+            low = index * self.BLOCK
+            with torch.inference_mode(False):
+                positions = torch.arange(low, low + self.BLOCK, dtype=torch.float32)
+                angles = positions.to(self.frequencies.device)[:, None] * self.frequencies
+                cos, sin = angles.cos(), angles.sin()
+                found = torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None]
+        self._blocks[index] = found  # the last used is the last to go
+        return found
 
     def _computed(
         self, spans: list[tuple[int, int]], device: torch.device

@@ -229,3 +229,42 @@ def test_a_broken_file_is_refused(tmp_path: Path, text: str) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"config\.json"):
         ModelConfig.from_dir(tmp_path / "nowhere")
+
+
+def later(**changes: Any) -> dict[str, Any]:
+    """V2.6's spelling: one flat table of rotary parameters, a router's dtype."""
+    table = {"rope_theta": 1e7, "partial_rotary_factor": 0.334, "rope_type": "default"}
+    more = {"model_type": "mimo_v2", "moe_router_dtype": "bfloat16", "rope_parameters": table}
+    return hub(theta=1e7, eps=1e-6, context=1048576) | more | changes
+
+
+def test_what_is_new_in_later_members() -> None:
+    config = ModelConfig.from_dict(later())
+    assert config.router_dtype == "bfloat16" and config.rms_eps == 1e-6
+    assert {s.attention: s.rope_theta for s in config.layers} == {"full": 1e7, "sliding": 1e4}
+    assert config.max_context == 1048576
+    assert ModelConfig.from_dict(hub()).router_dtype == "float32"
+    alone = {k: v for k, v in later().items() if k not in ("rope_theta", "partial_rotary_factor")}
+    assert ModelConfig.from_dict(alone) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"moe_router_dtype": "float16"}, "moe_router_dtype"),
+        ({"attention_projection_layout": "rows"}, "attention_projection_layout"),
+        ({"rope_theta": 5e6}, "rope_theta"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e7}}, "rope_type"),
+    ],
+)
+def test_what_later_members_could_have_and_is_not_known(change: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named) as e:
+        ModelConfig.from_dict(later(**change))
+    assert e.value.hint
+
+
+def test_both_ends_of_an_answer_count_in_the_familys_vocabulary() -> None:
+    for end, ids in ((None, (151645, 151643)), (151643, (151643, 151645)), ([5], None)):
+        d = hub(vocab=152576) | {"eos_token_id": end}
+        assert ModelConfig.from_dict(d).eos_ids == (ids or (5, 151645, 151643))
+    assert ModelConfig.from_dict(hub() | {"eos_token_id": 5}).eos_ids == (5,)
