@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
 import os
 import platform
 import re
@@ -24,7 +25,7 @@ from mimo_local.config import ModelConfig
 from mimo_local.errors import MimoError
 from mimo_local.family import named
 from mimo_local.plan import here
-from mimo_local.plan.planner import span
+from mimo_local.plan.planner import plan, span
 from mimo_local.session_store import FOLDER, SessionStore
 from mimo_local.settings import PACK_MANIFEST, Paths, Settings
 from mimo_local.sizes import GB, gb
@@ -36,6 +37,7 @@ REQUIRED = (
 )
 # Names of file systems that live on another machine: a pack there is read over the network.
 NETWORK = frozenset({"nfs", "nfs4", "cifs", "smb3", "9p", "fuse.sshfs", "ceph", "glusterfs"})
+REAL_CONFIG = Path(__file__).with_name("real_config.json")
 SMALL_RAM = 4 * GB  # the demo model and its document work stay below this
 SLOW_DISK = 0.5 * GB  # experts from disk at 4 bit: 5 GB per token
 
@@ -93,7 +95,7 @@ def examine(*, seconds: float = 0.5, env: Mapping[str, str] = os.environ) -> Rep
     paths = Paths.default(env)
     facts = hardware.detect(paths.data_dir)
     _machine(notes, facts, seconds)
-    _gpu(notes)
+    _gpu(notes, facts)
     _kernels(notes, facts, env)
     _storage(notes, facts, paths, seconds, env)
     _software(notes)
@@ -127,7 +129,7 @@ def _machine(notes: _Notes, facts: hardware.Hardware, seconds: float) -> None:
         )
 
 
-def _gpu(notes: _Notes) -> None:
+def _gpu(notes: _Notes, facts: hardware.Hardware) -> None:
     """The cards, the driver, and what torch and bitsandbytes make of them; nothing without one."""
     answer, around = gpu_facts.ask_driver(), gpu_facts.around()
     if not gpu_report.present(answer, around):
@@ -137,8 +139,20 @@ def _gpu(notes: _Notes) -> None:
         probe = gpu_facts.probe(max(answer.cards, key=lambda card: card.total).index)
     users = gpu_facts.users() if answer.cards else ()
     found = gpu_report.examine(answer, around, build, probe, users)
-    notes.section("GPU", *found.lines)
+    planned = [("it would hold", _planned(facts))] if facts.gpus else []
+    notes.section("GPU", *found.lines, *planned)
     notes.problems += [Problem(*trouble) for trouble in found.troubles]
+
+
+def _planned(facts: hardware.Hardware) -> str:
+    """What of the whole model a card with this much free memory takes."""
+    config = ModelConfig.from_dict(json.loads(REAL_CONFIG.read_text(encoding="utf-8")))
+    made = plan(config, None, here.free_now(facts, vram=None))
+    there, most = made.device, len(made.layers_on_device)
+    parts = [f"{there.layers} of {most} layers"]
+    parts += [name for name in ("head", "drafter") if getattr(there, name)]
+    parts.append(f"{made.placement.vram_experts} of {made.sizes.experts} experts")
+    return f"of MiMo-V2-Flash {', '.join(parts)}; `mimo plan` says how fast that is"
 
 
 def _kernels(notes: _Notes, facts: hardware.Hardware, env: Mapping[str, str]) -> None:

@@ -115,9 +115,9 @@ def _product(device: Any, name: str) -> str:
 
 
 def _triton(device: Any) -> str:
-    from mimo_local.kernels import triton_w8
+    from mimo_local.kernels import triton_experts
 
-    return triton_w8.why_unavailable(device)
+    return triton_experts.why_unavailable(device)  # and why the other one is not, if so
 
 
 if __name__ == "__main__":

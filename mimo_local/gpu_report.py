@@ -300,10 +300,10 @@ def _failed_check(name: str, why: str) -> Trouble:
         compiler = "compiler" in why.lower()
         return Trouble(
             "warning",
-            f"8-bit products of few rows take torch's slow way: {why}",
+            f"8-bit products and experts in VRAM take a slow way: {why}",
             "install gcc (on Ubuntu `sudo apt install gcc python3-dev`)"
             if compiler
-            else "`pip install triton` (Linux); or make a pack with 4-bit attention",
+            else "`pip install triton` (Linux)",
         )
     if name.endswith("products"):
         return Trouble(

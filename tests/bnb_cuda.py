@@ -79,10 +79,15 @@ def cuda_half(library: Library) -> dict[str, Callable[..., Any]]:
     return found
 
 
+def real_config() -> ModelConfig:
+    """That of the real model."""
+    path = Path(__file__).resolve().parent.parent / "mimo_local" / "real_config.json"
+    return ModelConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
+
+
 def matrices() -> set[tuple[int, int]]:
     """(rows, cols) of every matrix of the real model, alone and stacked as the layers hold them."""
-    path = Path(__file__).resolve().parent.parent / "mimo_local" / "real_config.json"
-    config = ModelConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    config = real_config()
     hidden = config.hidden_size
     found = {shape for _, shape in shapes(config, experts=False) if len(shape) == 2}
     found |= {(config.moe_intermediate_size, hidden), (hidden, config.moe_intermediate_size)}

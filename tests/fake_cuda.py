@@ -375,8 +375,8 @@ class FakeCuda(TorchDispatchMode):
         kwargs = dict(kwargs or {})
         tensors = _tensors((args, kwargs))
         here = any(t.device.type == "cuda" for t in tensors)
-        asked = kwargs.get("device")
-        there = asked is not None and torch.device(asked).type == "cuda"
+        asked = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.device))
+        there = any(device.type == "cuda" for device in asked)
         if not (here or there):
             return self._on_host(func, args, kwargs)
         if func.namespace == "prim":

@@ -58,6 +58,27 @@ def test_numbers_without_a_dimension_may_come_from_the_host(cuda: FakeCuda) -> N
     assert (torch.ones(2, device=CUDA) * torch.tensor(2.0)).device.type == "cuda"
 
 
+def test_every_way_to_the_device_and_back_is_one(cuda: FakeCuda) -> None:
+    x, there = torch.ones(4), torch.ones(2, device=CUDA)
+    for moved in (
+        x.to(CUDA), x.to("cuda:0"), x.to(CUDA, torch.bfloat16), x.to(there),
+        x.to(device=CUDA, dtype=torch.bfloat16), x.new_zeros(4, device=CUDA),
+        torch.zeros_like(x, device=CUDA), torch.arange(4, device=CUDA),
+        torch.as_tensor(x, device=CUDA),
+    ):  # fmt: skip
+        assert moved.device.type == "cuda"
+        assert moved.shape == (4,)
+        for back in (
+            moved.cpu(),
+            moved.to("cpu"),
+            moved.to(x),
+            moved.to(device="cpu", dtype=x.dtype),
+        ):
+            assert back.tolist() == [0, 1, 2, 3] or back.tolist() == [1 / 16] * 4
+    assert cuda.count.h2d == 6
+    assert cuda.count.d2h == 9 * 4
+
+
 def test_host_tensors_are_real_meanwhile_and_afterwards(cuda: FakeCuda) -> None:
     assert (torch.arange(4) * 2).tolist() == [0, 2, 4, 6]
     assert torch.ones(2, 3).numpy().sum() == 6

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from mimo_local import doctor, gpu_facts, gpu_probe, gpu_report
+from mimo_local import doctor, gpu_facts, gpu_probe, gpu_report, hardware
 from mimo_local.cli import tables
 from mimo_local.gpu_facts import Answer, Around, Card, Probe, Said, User
 
@@ -421,8 +421,13 @@ def test_the_screen_shows_the_largest_card_tried(monkeypatch: pytest.MonkeyPatch
         return check("Triton", "Triton fails: Failed to find C compiler.")
 
     monkeypatch.setattr(gpu_facts, "probe", trial)
+    there = hardware.Gpu(CARD.name, CARD.total, CARD.free, CARD.driver)
+    monkeypatch.setattr(hardware, "gpus", lambda: (there,))
     report = doctor.examine(seconds=0)
     assert tried == [0]
+    held = dict(dict(report.sections)["GPU"])["it would hold"]
+    assert "48 of 48 layers, head, drafter" in held
+    assert int(held.split(" of 12032 experts")[0].rsplit(" ", 1)[1]) > 500
     assert report.ok, "slower is not broken"
     text = tables.doctor(report)
     assert "card 0" in text

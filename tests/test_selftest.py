@@ -242,3 +242,23 @@ def test_cells_do_not_break_the_table() -> None:
     text = document.markdown(data)
     assert "a \\| b" in text
     assert "c \\| d" in text
+
+
+# ---- CUDA's rules --------------------------------------------------------------------------------
+
+
+@on_sim
+def test_what_it_asks_of_a_device_keeps_the_rules_of_cuda() -> None:
+    """Numbers are none, so that checks fail; nothing breaks off, is mixed or comes too early."""
+    import dataclasses
+
+    from fake_cuda import fake_cuda
+
+    sizes = dataclasses.replace(SMALL, formats=("nf4", "int8", "bf16"))
+    with fake_cuda() as cuda:
+        test = SelfTest(torch.device("cuda"), sizes, only=("copies", "attention", "experts"))
+        test.run()
+        assert cuda.count.unpinned == 0
+    broken = [one for one in test.results if one.name == "broke off"]
+    assert not broken
+    assert {one.area for one in test.results} == {"copies", "attention", "experts"}

@@ -1,11 +1,12 @@
 """Our Triton kernels on the CPU, by Triton's interpreter, against their twin: one JSON line.
 
 In a process of its own: the interpreter is chosen before Triton is imported. Called by
-tests/test_triton_w8.py.
+tests/test_triton.py.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -20,7 +21,9 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-from mimo_local.kernels import triton_w8
+from mimo_local.experts import vram
+from mimo_local.kernels import triton_experts, triton_w8
+from mimo_local.random_weights import RandomWeights, shape_config
 from quant import on_device
 
 SHAPES = [
@@ -57,6 +60,43 @@ def trunc(self: Any, source: Any, dtype: Any) -> Any:
     return interpreter.TensorHandle(bits, tl.bfloat16)
 
 
+def experts() -> list[dict[str, Any]]:
+    """The VRAM tier's experts one by one, and all of a step together."""
+    config = dataclasses.replace(
+        shape_config(2, 512, shape="tiny"),
+        hidden_size=1024,
+        moe_intermediate_size=1024,
+        n_experts=6,
+    )
+    weights = RandomWeights(config)
+    layout = weights.expert_layout
+    assert layout is not None
+    cpu = torch.device("cpu")
+    tier = vram.VramTier({1: layout}, 4 * vram.VramTier({1: layout}, 0, cpu).slot_bytes, cpu)
+    for e in range(4):
+        tier.touch((1, e))
+        assert tier.consider((1, e), weights.expert(1, e))
+        tier.end_of_step()
+    triton_experts.available = lambda device: True
+    found = []
+    g = torch.Generator().manual_seed(3)
+    for numbers in ([[0, 5, 3]], [[3, 2, 1], [4, 5, -1], [2, 3, 0]]):
+        x = torch.randn(len(numbers), 1024, generator=g)
+        w = torch.rand(len(numbers), 3, generator=g)
+        wanted = torch.zeros_like(x)
+        for t, row in enumerate(numbers):
+            for k, e in enumerate(row):
+                if (1, e) in tier:
+                    wanted[t] += w[t, k] * tier.run((1, e), x[t : t + 1])[0]
+        y = tier.together(1, x, numbers, w)
+        alone = tier.together(1, x[-1:], numbers[-1:], w[-1:])
+        found.append({
+            "error": float((y - wanted).norm() / wanted.norm()), "dtype": str(y.dtype),
+            "alone": torch.equal(alone[0], y[-1]), "nothing": bool((y[1:2] == 0).all()),
+        })  # fmt: skip
+    return found
+
+
 def main() -> None:
     Builder.create_dot, Builder.create_si_to_fp, Builder.create_fp_trunc = dot, cast, trunc
     g = torch.Generator().manual_seed(0)
@@ -79,9 +119,12 @@ def main() -> None:
             ),
         })  # fmt: skip
     trials = [triton_w8._trial(torch.device("cpu"))]
+    # Fewer programs than on a card, where each makes four rows: the interpreter runs them in turn.
+    triton_experts.ROWS = 256
+    trials.append(triton_experts._trial(torch.device("cpu")))
     triton_w8.product, right = (lambda *args: right(*args) + 1), triton_w8.product
     trials.append(triton_w8._trial(torch.device("cpu")))
-    print(json.dumps({"products": found, "trials": trials}))
+    print(json.dumps({"products": found, "trials": trials, "experts": experts()}))
 
 
 if __name__ == "__main__":

@@ -189,8 +189,11 @@ class DeviceStore(Store):
         """The weighted sum (T, D) f32 of the experts in VRAM; None without any."""
         if self.vram is None or not here:
             return None
-        out = torch.zeros(x.shape, device=x.device)
         rows = x.to(self.vram.dtype)
+        joint = self.vram.together(layer, rows, numbers, w)
+        if joint is not None:
+            return joint
+        out = torch.zeros(x.shape, device=x.device)
         for e in sorted(here):
             if len(numbers) == 1:
                 at = numbers[0].index(e)

@@ -14,6 +14,7 @@ from typing import Final
 import torch
 import torch.nn.functional as F
 
+from mimo_local.kernels.triton_experts import Places
 from mimo_local.weights import Expert, QuantLinear
 from quant import on_device
 from quant.formats import Parts
@@ -53,6 +54,12 @@ class SlotLayout:
     def size(self, matrix: str) -> tuple[int, int]:
         """(rows, cols) of "gate", "up" or "down"."""
         return _size(matrix, self.narrow, self.wide)
+
+    @property
+    def places(self) -> Places:
+        """First bytes of codes and scales, for a format that has them."""
+        order = [(matrix, part) for matrix in MATRICES for part in ("codes", "scales")]
+        return Places(*(self.parts[key][2] for key in order))
 
     def views(self, slot: torch.Tensor) -> dict[str, Parts]:
         """Matrix -> its parts in `slot`, uint8 (at least `nbytes`,)."""

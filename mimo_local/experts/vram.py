@@ -15,8 +15,9 @@ import torch
 from mimo_local.device import Mark, Stream, host_buffer
 from mimo_local.experts.policy import AgedFrequency, Key
 from mimo_local.experts.slots import SlotLayout
+from mimo_local.kernels import triton_experts
 from mimo_local.weights import Expert
-from quant.formats import Parts
+from quant.formats import NF4_CODES, Parts
 from quant.layout import ExpertLayout
 from quant.on_device import activations
 
@@ -50,7 +51,9 @@ class VramTier:
         self._used = [Mark(self.device) for _ in range(count)]
         self._copies, self._compute = Stream(self.device), Stream(self.device, current=True)
         self._staging = [_Staging(self.slot_bytes, self.device) for _ in range(min(STAGING, count))]
-        self._turn = 0
+        self._turn = self._turn_pairs = 0
+        self._pairs = [_Pairs(self.device), _Pairs(self.device)]
+        self._table = torch.tensor(NF4_CODES, dtype=torch.float32, device=self.device)
 
     @property
     def nbytes(self) -> int:
@@ -95,6 +98,31 @@ class VramTier:
         self._used[slot].set()
         return y
 
+    def together(
+        self, layer: int, x: torch.Tensor, numbers: Sequence[Sequence[int]], w: torch.Tensor
+    ) -> torch.Tensor | None:
+        """x (T, D), chosen experts by row, w (T, K) f32 -> the weighted sum of those here, (T, D).
+
+        All of them by two kernels, as the work is queued; None where there are none for that.
+        """
+        layout = self.layouts[layer]
+        if layout.format != "nf4" or not triton_experts.fits(layout.narrow, layout.wide):
+            return None
+        if not triton_experts.available(self.device):
+            return None
+        found = [self._slot.get((layer, e), -1) for row in numbers for e in row]
+        slots = {slot for slot in found if slot >= 0}
+        for slot in slots:
+            self._arrived[slot].hold(self._compute)
+        self._turn_pairs += 1
+        pairs = self._pairs[self._turn_pairs % len(self._pairs)].send(found)
+        y = triton_experts.run(
+            x, pairs, w.reshape(-1), self._slots, self._table, layout.places, layout.narrow
+        )
+        for slot in slots:
+            self._used[slot].set()
+        return y
+
     def close(self) -> None:
         """Until nothing is on its way here: the memory may be given back then."""
         for mark in self._arrived:
@@ -112,6 +140,26 @@ class VramTier:
             there.copy_(staging.bytes[: layout.nbytes], non_blocking=True)
             self._arrived[slot].set()
             staging.sent.set()
+
+
+class _Pairs:
+    """Pinned memory for the slots of a step's (row, expert) pairs on their way to the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._numbers = host_buffer((0,), torch.int32, device)
+        self._sent = Mark(device)
+
+    def send(self, slots: list[int]) -> torch.Tensor:
+        """These numbers on the device, as the copy is queued."""
+        self._sent.wait()
+        if len(slots) > self._numbers.numel():
+            self._numbers = host_buffer((len(slots),), torch.int32, self._device)
+        part = self._numbers[: len(slots)].copy_(torch.tensor(slots, dtype=torch.int32))
+        there = torch.empty(part.shape, dtype=torch.int32, device=self._device)
+        there.copy_(part, non_blocking=True)
+        self._sent.set()
+        return there
 
 
 class _Staging:

@@ -20,7 +20,7 @@ import torch
 from mimo_local import __version__, gpu_facts, kernels
 from mimo_local.gpu_facts import Card
 from mimo_local.hardware import Hardware
-from mimo_local.kernels import triton_w8
+from mimo_local.kernels import triton_experts
 from mimo_local.selftest.run import SelfTest
 from mimo_local.selftest.types import Result
 from mimo_local.sizes import gb
@@ -45,7 +45,7 @@ def machine(test: SelfTest, facts: Hardware) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
     found["torch"] += f" (CUDA {torch.version.cuda or 'none'})"
-    found["own Triton kernel"] = triton_w8.why_unavailable(test.device) or "in use"
+    found["own Triton kernels"] = triton_experts.why_unavailable(test.device) or "in use"
     return found
 
 

@@ -7,7 +7,7 @@ multiplies in float32, by no kernel of ours. Called by `run`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Final
 
@@ -176,6 +176,36 @@ def experts(device: torch.device, sizes: Sizes, config: ModelConfig) -> Iterator
         more = f"{len(here)} of {len(made)} came in, four rows {took * 1e6:.0f} us"
         worst = max(errors) if len(here) == len(made) else math.inf
         yield checked("experts", f"{name}, in VRAM", worst, EXPERT, more)
+        yield from _together(name, tier, layer, there, made, device, sizes)
+
+
+def _together(
+    name: str,
+    tier: VramTier,
+    layer: int,
+    x: torch.Tensor,
+    made: Mapping[tuple[int, int], Expert],
+    device: torch.device,
+    sizes: Sizes,
+) -> Iterator[Result]:
+    """All experts of a step by two kernels, where those serve; against one after the other."""
+    experts = [e for _, e in made]
+    numbers = [experts] * x.shape[0]
+    shares = torch.linspace(0.1, 0.9, x.shape[0] * len(experts)).view(x.shape[0], -1)
+    w = shares.to(device)
+    found = tier.together(layer, x, numbers, w)
+    if found is None:
+        return
+    wanted = sum(
+        _expert(expert, x.float().cpu()) * shares[:, i : i + 1]
+        for i, expert in enumerate(made.values())
+    )
+    assert isinstance(wanted, torch.Tensor)
+    one = partial(tier.together, layer, x[:1], numbers[:1], w[:1])
+    took = timed([one], device, sizes.seconds)
+    apart = timed([partial(tier.run, key, x[:1]) for key in made], device, sizes.seconds)
+    more = f"one row {took * 1e6:.0f} us, one by one {len(made) * apart * 1e6:.0f} us"
+    yield checked("experts", f"{name}, {len(made)} at once", off(found, wanted), EXPERT, more)
 
 
 def _expert(expert: Expert, x: torch.Tensor) -> torch.Tensor:

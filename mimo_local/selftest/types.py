@@ -95,6 +95,8 @@ def off(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 def percent(share: float) -> str:
     """0.0123 -> 1.2 %; no more digits than mean something."""
+    if share >= 0.995:
+        return f"{100 * share:.0f} %"
     return f"{100 * share:.2g} %" if share >= 1e-5 else "0 %"
 
 
