@@ -27,6 +27,10 @@ STEP_ROWS: Final = 64
 expert in VRAM is given all rows: a product that reads its weights once hardly takes longer, and no
 list of rows has to go up."""
 
+_PAIRED: Final = 8
+"""Rows up to which a product for each (row, expert) pair is no more work than one for each expert:
+codes that rows share come from the card's cache."""
+
 
 class DeviceStore(Store):
     """What mixture layers on a device see; `host` is the store of those that are not."""
@@ -190,7 +194,9 @@ class DeviceStore(Store):
         if self.vram is None or not here:
             return None
         rows = x.to(self.vram.dtype)
-        joint = self.vram.together(layer, rows, numbers, w)
+        joint = None
+        if len(numbers) <= _PAIRED:
+            joint = self.vram.together(layer, rows, numbers, w)
         if joint is not None:
             return joint
         out = torch.zeros(x.shape, device=x.device)
