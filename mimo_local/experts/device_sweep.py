@@ -117,7 +117,7 @@ class DeviceSweep:
         """For the experts of `weights`, which `inner` holds."""
         config = weights.config
         hidden, width = config.hidden_size, config.moe_intermediate_size
-        nbytes = 3 * 4 * hidden * width
+        nbytes = 3 * 4 * hidden * width  # as float32, whatever a checkpoint has
         if isinstance(weights, PackWeights):
             pack = weights.pack
             nbytes = max(pack.expert_layout(layer).nbytes for layer in pack.expert_layers)
@@ -240,7 +240,7 @@ class _Layer:
         sweep, uploads = self.sweep, [e for e in self.found.device if e not in self.there]
         lends = sweep.inner.lends
         mine = max(1, lends // 2 if self.found.host and uploads else lends)
-        share, held = sweep.share, min(HELD, mine)
+        share, held = sweep.share, max(1, min(HELD, mine // 2))
         # Both before the first expert is lent: a store may give memory back when it is asked.
         up = self._stream(uploads, 1, mine)
         down = self._stream(self.found.host, held, mine)

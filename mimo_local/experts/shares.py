@@ -7,6 +7,7 @@ Knows numbers of rows and seconds, no tensors. Called by `device_sweep`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Final
@@ -23,6 +24,8 @@ ENOUGH_S: Final = 5e-3
 """Seconds a side's share should have taken for its time to be believed: less is all beginnings."""
 WEIGHT: Final = 0.25
 """Of the latest layer in the running average of a side's rate."""
+STEP: Final = 1.2
+"""Corrections are powers of it: the same prompt is mostly split the same way again."""
 FORGET: Final = 0.98
 """What is left of a correction after a layer that did not use the side: it is tried again."""
 
@@ -147,8 +150,8 @@ class Rates:
 
     @property
     def costs(self) -> Costs:
-        """What to expect of the next layer."""
-        return self.guess.scaled(self.device, self.host)
+        """What to expect of the next layer; in steps, so that a trifle changes nobody's share."""
+        return self.guess.scaled(_stepped(self.device), _stepped(self.host))
 
     def observe(self, found: Split, device_s: float | None, host_s: float | None) -> None:
         """A layer that was split as `found` took so many seconds; None: not to be believed.
@@ -167,3 +170,7 @@ class Rates:
         # A single layer that met a pause of the system must not turn everything over.
         times = min(4.0, max(0.25, took / expected))
         return factor * (1.0 + WEIGHT * (times - 1.0))
+
+
+def _stepped(factor: float) -> float:
+    return float(STEP ** round(math.log(factor, STEP)))
