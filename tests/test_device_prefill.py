@@ -22,7 +22,7 @@ from mimo_local.events import Progress
 from mimo_local.experts import device_sweep
 from mimo_local.experts.device_store import DeviceStore
 from mimo_local.experts.device_sweep import DeviceSweep
-from mimo_local.experts.shares import Costs
+from mimo_local.experts.shares import Costs, Rates
 from mimo_local.experts.store import ExpertStore, Store
 from mimo_local.experts.tiered import TieredStore
 from mimo_local.experts.vram import VramTier
@@ -58,6 +58,7 @@ def pack(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture(autouse=True)
 def _plainly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(kernels, "get", lambda: None)
+    monkeypatch.setattr(Rates, "observe", lambda *_: None)  # who gets what is fixed here
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
