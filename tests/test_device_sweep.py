@@ -5,6 +5,7 @@ tests/test_sim_sweep.py runs them on a stand-in accelerator that catches missing
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -391,14 +392,17 @@ def test_a_prompt_asks_now_and_then_and_at_once(
 def test_what_a_layer_took_is_learnt_from(
     whole: ExpertStore, made: Callable[..., DeviceSweep], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of fewer experts than fill the slots several times: only that they took longer."""
     seen: list[tuple[Split, float | None, float | None]] = []
     monkeypatch.setattr(Rates, "observe", lambda _, *args: seen.append(args))
-    for costs in SHARES.values():
+    slow = dataclasses.replace(BOTH, upload=1e3, host_expert=1e3)
+    for costs in (DEVICE, BOTH, slow, HOST):
         made(whole, costs=costs).run(LAYER, *step(60, 1))
-    for (found, device_s, host_s), costs in zip(seen, SHARES.values(), strict=True):
-        assert device_s is not None and 0 < device_s < 60
-        assert (host_s is None) == (costs is DEVICE) == (not found.host)
-        assert host_s is None or 0 < host_s < 60
+    (_, all_s, none_s), (_, late_s, some_s), (_, early_s, _), (_, _, host_s) = seen
+    assert all_s is not None and 0 < all_s < 60 and none_s is None
+    assert late_s is not None and some_s is not None and 0 < some_s < 60
+    assert early_s is None
+    assert host_s is not None and 0 < host_s < 60
 
 
 @pytest.mark.parametrize("share", SHARES)

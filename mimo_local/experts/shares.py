@@ -166,9 +166,9 @@ class Rates:
         self.host = self._next("host", self.host, found.host_s, host_s)
 
     def _next(self, side: str, factor: float, expected: float, took: float | None) -> float:
-        if expected <= 0.0 or took is None:
+        if expected <= 0.0:
             return 1.0 + (factor - 1.0) * FORGET
-        if max(expected, took) < ENOUGH_S:
+        if took is None or max(expected, took) < ENOUGH_S:
             return factor
         if side not in self._seen:
             self._seen.add(side)
