@@ -151,7 +151,8 @@ def test_a_prompt_that_is_stopped_leaves_the_cache_as_it_was(
 
     model.prefill(Segment(ids(300), model.new_cache()), cancel=counted)
     wanted = None
-    for at in range(0, asks, 7):
+    # The host's own sweep asks as often as reads land: not the same number every time.
+    for at in range(0, asks // 2 if 0 in on else asks, 5):
         cache, left = model.new_cache(), itertools.count()
         model.forward([Segment(ids(20), cache)])
         with pytest.raises(CancelledError):
