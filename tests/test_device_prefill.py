@@ -22,7 +22,7 @@ from mimo_local.events import Progress
 from mimo_local.experts import device_sweep
 from mimo_local.experts.device_store import DeviceStore
 from mimo_local.experts.device_sweep import DeviceSweep
-from mimo_local.experts.shares import Costs
+from mimo_local.experts.shares import Costs, Rates
 from mimo_local.experts.store import ExpertStore, Store
 from mimo_local.experts.tiered import TieredStore
 from mimo_local.experts.vram import VramTier
@@ -58,6 +58,7 @@ def pack(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture(autouse=True)
 def _plainly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(kernels, "get", lambda: None)
+    monkeypatch.setattr(Rates, "observe", lambda *_: None)  # who gets what is fixed here
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -150,7 +151,8 @@ def test_a_prompt_that_is_stopped_leaves_the_cache_as_it_was(
 
     model.prefill(Segment(ids(300), model.new_cache()), cancel=counted)
     wanted = None
-    for at in range(0, asks, 7):
+    # The host's own sweep asks as often as reads land: not the same number every time.
+    for at in range(0, asks // 2 if 0 in on else asks, 5):
         cache, left = model.new_cache(), itertools.count()
         model.forward([Segment(ids(20), cache)])
         with pytest.raises(CancelledError):

@@ -5,6 +5,7 @@ tests/test_sim_sweep.py runs them on a stand-in accelerator that catches missing
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +24,7 @@ from mimo_local.experts.device_sweep import DeviceSweep
 from mimo_local.experts.disk import DiskTier
 from mimo_local.experts.host_share import HostShare
 from mimo_local.experts.passing import PassingStore
-from mimo_local.experts.shares import Costs
+from mimo_local.experts.shares import Costs, Rates, Split
 from mimo_local.experts.store import ExpertStore, Store
 from mimo_local.experts.tiered import TieredStore
 from mimo_local.experts.vram import VramTier
@@ -45,8 +46,12 @@ SHARES = {"device": DEVICE, "host": HOST, "both": BOTH}
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """As in a prefill: torch's own threads would spin where the kernels' are needed."""
+def _steady(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As in a prefill: torch's own threads would spin where the kernels' are needed.
+
+    Who gets what is fixed: nobody learns from how long it takes.
+    """
+    monkeypatch.setattr(Rates, "observe", lambda *_: None)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -217,6 +222,29 @@ def test_a_share_of_both_is_one_of_both(
         assert sum(given) <= sum(counts)
 
 
+def test_both_sides_work_at_the_same_time(
+    whole: ExpertStore, made: Callable[..., DeviceSweep], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each waits for the other to have begun: one after the other they would never end."""
+    there, here = threading.Event(), threading.Event()
+    product, multiply = DeviceSweep.mlp, HostShare._multiply
+
+    def mlp(self: DeviceSweep, *args: Any) -> Any:
+        there.set()
+        assert here.wait(60)
+        return product(self, *args)
+
+    def share(self: HostShare, *args: Any) -> float:
+        here.set()
+        assert there.wait(60)
+        return multiply(self, *args)
+
+    monkeypatch.setattr(DeviceSweep, "mlp", mlp)
+    monkeypatch.setattr(HostShare, "_multiply", share)
+    assert made(whole, costs=BOTH).run(LAYER, *step(60, 1)).isfinite().all()
+    assert there.is_set() and here.is_set()
+
+
 # ---- what is read --------------------------------------------------------------------------------
 
 
@@ -359,6 +387,22 @@ def test_a_prompt_asks_now_and_then_and_at_once(
     x, ids, w = step(30, 1)
     with pytest.raises(CancelledError):
         made(whole, costs=DEVICE).run(LAYER, x, ids, w, cancel=lambda: True)
+
+
+def test_what_a_layer_took_is_learnt_from(
+    whole: ExpertStore, made: Callable[..., DeviceSweep], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of fewer experts than fill the slots several times: only that they took longer."""
+    seen: list[tuple[Split, float | None, float | None]] = []
+    monkeypatch.setattr(Rates, "observe", lambda _, *args: seen.append(args))
+    slow = dataclasses.replace(BOTH, upload=1e3, host_expert=1e3)
+    for costs in (DEVICE, BOTH, slow, HOST):
+        made(whole, costs=costs).run(LAYER, *step(60, 1))
+    (_, all_s, none_s), (_, late_s, some_s), (_, early_s, _), (_, _, host_s) = seen
+    assert all_s is not None and 0 < all_s < 60 and none_s is None
+    assert late_s is not None and some_s is not None and 0 < some_s < 60
+    assert early_s is None
+    assert host_s is not None and 0 < host_s < 60
 
 
 @pytest.mark.parametrize("share", SHARES)

@@ -19,7 +19,7 @@ from mimo_local.device import Devices, Mark
 from mimo_local.experts import device_sweep, upload
 from mimo_local.experts.device_store import DeviceStore
 from mimo_local.experts.device_sweep import DeviceSweep
-from mimo_local.experts.shares import Costs
+from mimo_local.experts.shares import Costs, Rates
 from mimo_local.experts.store import ExpertStore, Store
 from mimo_local.experts.tiered import TieredStore
 from mimo_local.experts.vram import VramTier
@@ -88,7 +88,8 @@ class Bench:
 
 
 @pytest.fixture
-def cuda() -> Iterator[FakeCuda]:
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
+    monkeypatch.setattr(Rates, "observe", lambda *_: None)  # who gets what is fixed here
     with torch.inference_mode(), fake_cuda() as cuda:
         yield cuda
 
@@ -125,10 +126,9 @@ def test_a_missing_wait_is_seen(
         if not any(self is getattr(slot, left_out) for slot in bench.sweep.uploader._slots):
             plain(self, stream)
 
-    monkeypatch.setattr(Mark, "hold", hold)
-    with pytest.raises(Hazard):
+    with monkeypatch.context() as patch, pytest.raises(Hazard):
+        patch.setattr(Mark, "hold", hold)
         bench.run()
-    monkeypatch.undo()
     bench.close()
 
 

@@ -40,6 +40,8 @@ ROWS: Final = 2048
 """Rows an expert multiplies at once: 130 MB of activations at the real model's width."""
 HELD: Final = 4
 """Experts the CPU's share may be behind, if the store lends as many."""
+ENOUGH: Final = 4
+"""Uploads for each slot from which on the host's time is the device's."""
 ASK_S: Final = 0.05
 """Seconds after which a prompt is asked whether to stop, as soon as the CPU's share is at rest."""
 
@@ -117,7 +119,7 @@ class DeviceSweep:
         """For the experts of `weights`, which `inner` holds."""
         config = weights.config
         hidden, width = config.hidden_size, config.moe_intermediate_size
-        nbytes = 3 * 4 * hidden * width
+        nbytes = 3 * 4 * hidden * width  # as float32, whatever a checkpoint has
         if isinstance(weights, PackWeights):
             pack = weights.pack
             nbytes = max(pack.expert_layout(layer).nbytes for layer in pack.expert_layers)
@@ -240,7 +242,7 @@ class _Layer:
         sweep, uploads = self.sweep, [e for e in self.found.device if e not in self.there]
         lends = sweep.inner.lends
         mine = max(1, lends // 2 if self.found.host and uploads else lends)
-        share, held = sweep.share, min(HELD, mine)
+        share, held = sweep.share, max(1, min(HELD, mine // 2))
         # Both before the first expert is lent: a store may give memory back when it is asked.
         up = self._stream(uploads, 1, mine)
         down = self._stream(self.found.host, held, mine)
@@ -258,7 +260,10 @@ class _Layer:
                 sweep.uploader.stop()
         if self.found.host:
             self._add_share()
-        sweep.rates.observe(self.found, took, share.seconds if self.found.host else None)
+        # The host is ahead of the device by the slots: a short time says nothing of a few experts.
+        full = len(uploads) >= ENOUGH * sweep.uploader.slots
+        known = took if full or took > self.found.device_s else None
+        sweep.rates.observe(self.found, known, share.seconds if self.found.host else None)
 
     def _stream(self, experts: list[int], held: int, slots: int) -> Lent:
         wanted = {e: self.counts[e] for e in experts}

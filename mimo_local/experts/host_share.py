@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 
 import torch
 
 from mimo_local import kernels
 from mimo_local.device import Mark, host_buffer
+from mimo_local.experts.slots import MATRICES
 from mimo_local.experts.store import apply
 from mimo_local.weights import Expert
 
@@ -24,7 +27,7 @@ class HostShare:
     def __init__(self, hidden: int, device: torch.device) -> None:
         """`hidden`: columns of a row."""
         self._hidden, self._device = hidden, device
-        self._pool = ThreadPoolExecutor(1, "mimo-share", _alone)
+        self._pool = ThreadPoolExecutor(1, "mimo-share")
         self._down = host_buffer((0, hidden), torch.float32, device)
         self._up = host_buffer((0, hidden), torch.float32, device)
         self._arrived, self._sent = Mark(device), Mark(device)
@@ -111,21 +114,30 @@ class HostShare:
             self._arrived.wait()
             self._here = True
         start = time.perf_counter()
-        x, y = self._down[a:b].float(), self._up[a:b]
-        native = kernels.get()
-        if native is None:
-            y.copy_(apply(expert, x))
-            return time.perf_counter() - start
-        mlp = (kernels.Mlp * 1)()
-        for name in ("gate", "up", "down"):
-            setattr(mlp[0], name, getattr(expert, name).matrix())
-        chosen, (n, d) = torch.zeros((b - a, 1), dtype=torch.int32), x.shape
-        native.call(
-            "moe", mlp, 1, x.data_ptr(), d, n, chosen.data_ptr(), None, 1, y.data_ptr(), d, 0
-        )
+        with _alone():
+            _multiply(expert, self._down[a:b].float(), self._up[a:b])
         return time.perf_counter() - start
 
 
-def _alone() -> None:
+def _multiply(expert: Expert, x: torch.Tensor, y: torch.Tensor) -> None:
+    """y (n, D) = expert(x (n, D))."""
+    native = kernels.get()
+    if native is None:
+        y.copy_(apply(expert, x))
+        return
+    mlp, (n, d) = (kernels.Mlp * 1)(), x.shape
+    for name in MATRICES:
+        setattr(mlp[0], name, getattr(expert, name).matrix())
+    chosen = torch.zeros((n, 1), dtype=torch.int32)
+    native.call("moe", mlp, 1, x.data_ptr(), d, n, chosen.data_ptr(), None, 1, y.data_ptr(), d, 0)
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
     """The kernels have threads of their own; torch's would spin beside them."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

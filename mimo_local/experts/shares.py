@@ -7,6 +7,7 @@ Knows numbers of rows and seconds, no tensors. Called by `device_sweep`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Final
@@ -20,9 +21,13 @@ memory, 200 MB in all. A prompt that has more is long enough for the device."""
 FUSED: Final = 8
 """Rows up to which a device multiplies an expert's codes as they are (bitsandbytes, 4 bits)."""
 ENOUGH_S: Final = 5e-3
-"""Seconds a side's share should have taken for its time to be believed: less is all beginnings."""
+"""Seconds a side's share has to take for its time to be believed: less is all beginnings."""
 WEIGHT: Final = 0.25
 """Of the latest layer in the running average of a side's rate."""
+CLEARLY: Final = 1.5
+"""Times slower or faster than expected, twice in a row: the rates were another machine's."""
+STEP: Final = 1.2
+"""Corrections are powers of it: the same prompt is mostly split the same way again."""
 FORGET: Final = 0.98
 """What is left of a correction after a layer that did not use the side: it is tried again."""
 
@@ -144,11 +149,13 @@ class Rates:
     device: float = 1.0
     host: float = 1.0
     _seen: set[str] = field(default_factory=set)
+    _last: dict[str, float] = field(default_factory=dict)
+    """How far off each side's last layer was."""
 
     @property
     def costs(self) -> Costs:
-        """What to expect of the next layer."""
-        return self.guess.scaled(self.device, self.host)
+        """What to expect of the next layer; in steps, so that a trifle changes nobody's share."""
+        return self.guess.scaled(_stepped(self.device), _stepped(self.host))
 
     def observe(self, found: Split, device_s: float | None, host_s: float | None) -> None:
         """A layer that was split as `found` took so many seconds; None: not to be believed.
@@ -159,11 +166,22 @@ class Rates:
         self.host = self._next("host", self.host, found.host_s, host_s)
 
     def _next(self, side: str, factor: float, expected: float, took: float | None) -> float:
-        if expected < ENOUGH_S or took is None:
+        if expected <= 0.0:
             return 1.0 + (factor - 1.0) * FORGET
+        if took is None or max(expected, took) < ENOUGH_S:
+            return factor
         if side not in self._seen:
             self._seen.add(side)
             return factor
-        # A single layer that met a pause of the system must not turn everything over.
-        times = min(4.0, max(0.25, took / expected))
-        return factor * (1.0 + WEIGHT * (times - 1.0))
+        # What two layers agree on is believed whole; one alone may have met a pause of the system.
+        times, before = max(took, 1e-6) / expected, self._last.get(side, 1.0)
+        agreed = min(times, before) if times > 1.0 else max(times, before)
+        if (agreed - 1.0) * (times - 1.0) > 0 and abs(math.log(agreed)) > math.log(CLEARLY):
+            self._last[side] = 1.0
+            return factor * agreed
+        self._last[side] = times
+        return factor * (1.0 + WEIGHT * (min(4.0, max(0.25, times)) - 1.0))
+
+
+def _stepped(factor: float) -> float:
+    return float(STEP ** round(math.log(factor, STEP)))

@@ -71,6 +71,11 @@ class Uploader:
         self._filling: list[Future[None]] = []
 
     @property
+    def slots(self) -> int:
+        """How many there are."""
+        return len(self._slots)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of device memory the slots take."""
         return sum(slot.there.nbytes for slot in self._slots)
