@@ -110,7 +110,7 @@ class Environment:
             name: value
             for name, value in os.environ.items()
             if not name.startswith(("MIMO_", "PYTHON"))
-        } | {"MIMO_HOME": str(base / "home"), "PYTHONWARNINGS": "error::ResourceWarning"}
+        } | {"MIMO_HOME": str(base / "home")}
         # No index: that every dependency is met by what the tests ran with is part of the check.
         call([
             *(sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", self.python),
