@@ -110,7 +110,7 @@ class Environment:
             name: value
             for name, value in os.environ.items()
             if not name.startswith(("MIMO_", "PYTHON"))
-        } | {"MIMO_HOME": str(base / "home"), "PYTHONWARNINGS": "error::ResourceWarning"}
+        } | {"MIMO_HOME": str(base / "home")}
         # No index: that every dependency is met by what the tests ran with is part of the check.
         call([
             *(sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", self.python),
@@ -149,9 +149,11 @@ def call(
 
 def tracked() -> list[str]:
     """Files of the project as git knows them; without git, those that are no products."""
-    if (ROOT / ".git").exists() and shutil.which("git"):
-        names = call(["git", "-c", "core.quotePath=off", "ls-files"], cwd=ROOT).splitlines()
-        return [name for name in names if (ROOT / name).is_file()]
+    if shutil.which("git"):
+        ask = ["git", "-c", "core.quotePath=off", "ls-files"]
+        done = subprocess.run(ask, cwd=ROOT, capture_output=True, text=True, check=False)
+        if done.returncode == 0 and done.stdout:
+            return [name for name in done.stdout.splitlines() if (ROOT / name).is_file()]
     found = (p.relative_to(ROOT) for p in ROOT.rglob("*") if p.is_file())
     products = {"__pycache__", "build", "dist", ".venv", ".git"}
     return sorted(str(p) for p in found if not products & {*p.parts} and p.suffix != ".so")

@@ -85,7 +85,8 @@ class Spilled:
             self._file = tempfile.TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115
         try:
             with self._told():
-                os.posix_fallocate(self._file.fileno(), 0, self._size)
+                if hasattr(os, "posix_fallocate"):  # not on macOS: there a full disk is met later
+                    os.posix_fallocate(self._file.fileno(), 0, self._size)
         except BaseException:
             self._file.close()
             raise

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,12 +16,13 @@ from demo_fixtures import (  # noqa: F401  (fixtures)
     demo_pack_dir,
     demo_source,
 )
-from together import SHARED
+from together import SHARED, clear_away, new_folder
 
 sys.path.append(str(Path(__file__).parent / "server"))  # its helpers, for bench scripts' tests too
 GOLDEN = Path(__file__).parent / "golden"
 LONG = (
-    *("test_kernels.py", "test_sim_device.py", "test_demo_model.py", "test_end_to_end.py"),
+    *("test_kernels.py", "test_sim_device.py", "test_sim_sweep.py", "test_demo_model.py"),
+    "test_end_to_end.py",
     *("test_demo_server.py", "test_pull.py", "test_drafting.py", "test_demo.py", "test_convert.py"),
     *("test_killed.py", "test_pull_killed.py", "test_soak.py", "test_clients.py"),
 )
@@ -37,7 +37,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):  # the one process, or the one that starts the workers
-        os.environ[SHARED] = tempfile.mkdtemp(prefix="mimo-tests-")
+        clear_away()
+        os.environ[SHARED] = new_folder()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

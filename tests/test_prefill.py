@@ -317,6 +317,18 @@ def test_spilling_changes_no_bit_and_leaves_nothing(model: Model, tmp_path: Path
     assert during == [] and open_files() == before
 
 
+def test_spilling_where_files_cannot_be_reserved(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on macOS: posix_fallocate is Linux's."""
+    ids, wanted = ids_for(model), by_layers(model, ids_for(model), model.new_cache(), chunk=25)
+    monkeypatch.delattr(os, "posix_fallocate")
+    found = by_layers(
+        model, ids, model.new_cache(), chunk=25, budget=spilling(N, model), folder=tmp_path
+    )
+    assert torch.equal(found, wanted)
+
+
 @pytest.mark.parametrize(("call", "nth"), [("posix_fallocate", 0), ("pwritev", 0), ("pwritev", 5)])
 def test_a_full_disk_is_said_and_leaves_the_cache_as_it_was(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, nth: int

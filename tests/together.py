@@ -7,11 +7,29 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
+
 SHARED = "MIMO_TEST_SHARED"
+_PREFIX = "mimo-tests-"
+
+
+def new_folder() -> str:
+    """For the session this process runs; its name says which process that is."""
+    return tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-")
+
+
+def clear_away() -> None:
+    """Remove what sessions that were killed have left: the demo model is a quarter of a GB."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*-*"):
+        pid = folder.name.removeprefix(_PREFIX).partition("-")[0]
+        if pid.isdecimal() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def shared_folder() -> Path:

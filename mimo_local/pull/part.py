@@ -74,7 +74,7 @@ class Part:
             fd = os.dup(self._fd)  # the file may be whole and closed before the disk is done
         try:
             with writing(self.log, 0, 0):
-                os.fdatasync(fd)
+                getattr(os, "fdatasync", os.fsync)(fd)  # macOS has the one only
                 with self._lock:
                     if self._log_fd >= 0 and not gaps(self._ranges, start, stop):
                         os.write(self._log_fd, f"{start} {stop}\n".encode())
