@@ -304,6 +304,23 @@ def test_the_first_read_of_an_expert_is_checked(pack: Path) -> None:
     assert len(store.ram) <= 10
 
 
+def test_a_check_that_fails_in_another_way_ends_the_step_too(
+    pack: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = tiered(pack, 10)
+    check = store.disk._check
+
+    def broken(read: Any) -> None:
+        monkeypatch.setattr(store.disk, "_check", check)
+        raise MemoryError("no room for a sum")
+
+    monkeypatch.setattr(store.disk, "_check", broken)
+    x, ids, w = step(1, 3)
+    with pytest.raises(PackError, match="no room for a sum"):
+        store.run(1, x, ids, w)
+    store.run(1, x, ids, w)  # its threads are still there
+
+
 def test_short_reads_are_read_on(pack: Path, whole: ExpertStore) -> None:
     store = tiered(pack, 4)
     store.disk._preadv = Faulty(lambda n: "short" if n % 2 else "")

@@ -215,6 +215,8 @@ class DiskTier:
                 self._check(read)
             except PackError as found:
                 read.error = found
+            except BaseException as found:  # as above: it has to land
+                read.error = PackError(f"cannot check experts: {found!r}", hint=_REDO)
         with self._lock:
             read.landed = True
             if read.listener is not None:

@@ -49,6 +49,8 @@ class VramTier:
         self._free = list(range(count - 1, -1, -1))
         self._arrived = [Mark(self.device) for _ in range(count)]
         self._used = [Mark(self.device) for _ in range(count)]
+        for mark in self._used:  # this memory may be what work already queued still reads
+            mark.set()
         self._copies, self._compute = Stream(self.device), Stream(self.device, current=True)
         self._staging = [_Staging(self.slot_bytes, self.device) for _ in range(min(STAGING, count))]
         self._turn = self._turn_pairs = 0
