@@ -304,20 +304,16 @@ def test_the_first_read_of_an_expert_is_checked(pack: Path) -> None:
     assert len(store.ram) <= 10
 
 
-def test_a_check_that_fails_in_another_way_ends_the_step_too(
-    pack: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store = tiered(pack, 10)
-    check = store.disk._check
-
+def test_a_check_that_fails_in_another_way_ends_the_step_too(pack: Path) -> None:
     def broken(read: Any) -> None:
-        monkeypatch.setattr(store.disk, "_check", check)
         raise MemoryError("no room for a sum")
 
-    monkeypatch.setattr(store.disk, "_check", broken)
+    store = tiered(pack, 10)
+    store.disk._check = broken  # type: ignore[method-assign]
     x, ids, w = step(1, 3)
     with pytest.raises(PackError, match="no room for a sum"):
         store.run(1, x, ids, w)
+    del store.disk._check
     store.run(1, x, ids, w)  # its threads are still there
 
 
