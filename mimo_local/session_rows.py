@@ -101,9 +101,11 @@ def parts_of(point: Snapshot) -> tuple[dict[str, int], list[torch.Tensor]]:
 
 
 def rows_like(rows: Rows, n: int) -> Rows:
-    """n rows of the same kind, to be written."""
+    """n rows of the same kind in this machine's memory, to be written."""
     with torch.inference_mode(False):
-        return {name: part.new_empty((n, *part.shape[1:])) for name, part in rows.items()}
+        return {
+            name: torch.empty((n, *part.shape[1:]), dtype=part.dtype) for name, part in rows.items()
+        }
 
 
 def crc32_of(part: torch.Tensor) -> int:
@@ -117,7 +119,7 @@ def crc32_of(part: torch.Tensor) -> int:
 def read_into(fd: int, part: torch.Tensor) -> int:
     """Fill a tensor from where the file stands -> crc32. OSError, PackError at an early end."""
     if not part.is_contiguous() or part.device.type != "cpu":
-        blank = torch.empty_like(part, device="cpu", memory_format=torch.contiguous_format)
+        blank = torch.empty(part.shape, dtype=part.dtype)
         crc = read_into(fd, blank)
         part.copy_(blank)
         return crc

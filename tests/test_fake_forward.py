@@ -28,6 +28,7 @@ from mimo_local.generate import Drafting, generate
 from mimo_local.model import Model, Segment
 from mimo_local.mtp import Drafter
 from mimo_local.sampler import SamplingParams
+from mimo_local.session_rows import full_rows, read_into, rows_like, write_parts
 from mimo_local.weights import PackWeights, open_weights
 from quant.convert import Recipe, convert
 
@@ -163,3 +164,22 @@ def test_layers_on_both_sides(pack: Path, cuda: FakeCuda, on: tuple[int, ...]) -
     model.forward([Segment(ids(1), cache)])
     assert cuda.count.blocking <= sum(a > b for a, b in zip(on, (*on[1:], 1), strict=True))
     model.prefill(Segment(ids(700), cache))
+
+
+def test_a_session_rests_on_disk_and_comes_back(pack: Path, cuda: FakeCuda, tmp_path: Path) -> None:
+    """Rows of the device go to a file and from it: restart points stay in this machine's memory."""
+    model = opened(pack, "VRAM and RAM")
+    cache = warm(model)
+    point = cache.snapshot()
+    back = model.new_cache(dtype=torch.bfloat16)
+    rows = list(full_rows(cache, cache.length))
+    assert {part.device.type for part in rows} == {"cuda"}
+    with (tmp_path / "rows").open("wb") as file:
+        crcs = write_parts(file.fileno(), rows, lambda: False)
+    blank = [part for kept in back.blank(cache.length).values() for part in kept.values()]
+    with (tmp_path / "rows").open("rb") as file:
+        assert tuple(read_into(file.fileno(), part) for part in blank) == crcs
+    ring = next(layer for layer in back.layers if layer.kind == "swa")
+    assert {part.device.type for part in rows_like(ring.stored, 5).values()} == {"cpu"}
+    back.restore(back.adopt(point.length, point.rings, point.draft))
+    model.forward([Segment(ids(2), back)])
