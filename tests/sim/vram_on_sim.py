@@ -87,7 +87,7 @@ def main(pack: str, case: str) -> None:
         tier.end_of_step()
     worst, syncs = 0.0, []
     # NF4 by bitsandbytes' reference is a hundred small operations a product, 0.8 s a step there.
-    for seed in range(60 if layouts[layer].format == "int8" else 6):
+    for seed in range(60 if layouts[layer].format == "int8" else 15):
         x, ids, w = step(seed, config.n_experts, k, d)
         there = [part.to("sim") for part in (x, ids, w)]
         start = sim.counters().syncs
