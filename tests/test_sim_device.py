@@ -53,7 +53,7 @@ def test_right_numbers_with_few_waits_and_no_byte_too_many(pack: Path) -> None:
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["worst"] < 4e-2  # bfloat16 there, activations in 8 bits here
     assert found["vram_hits"] > 10
-    assert found["uploads"] > 3
+    assert found["uploads"] >= 3  # the slots that were empty, and whoever is wanted more later
     if "int8" in str(pack.parent):  # bitsandbytes' reference for NF4 copies its table every time
         # The choice, results on their way up, and a staging buffer.
         assert found["most_syncs"] <= 1 + 1 + 1
