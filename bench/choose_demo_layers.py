@@ -21,7 +21,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from train_demo_window import Trunk, answers
+from demo_trunk import Trunk
+from train_demo_window import answers
 
 from mimo_local.demo.rewrite import WINDOW_KEYS
 from mimo_local.demo.source import GgufSource

@@ -21,7 +21,7 @@ from together import SHARED, clear_away, new_folder
 sys.path.append(str(Path(__file__).parent / "server"))  # its helpers, for bench scripts' tests too
 GOLDEN = Path(__file__).parent / "golden"
 LONG = (
-    *("test_kernels.py", "test_sim_device.py", "test_sim_sweep.py", "test_demo_model.py"),
+    *("test_kernels.py", "test_sim_device.py", "test_demo_model.py"),
     "test_end_to_end.py",
     *("test_demo_server.py", "test_pull.py", "test_drafting.py", "test_demo.py", "test_convert.py"),
     *("test_killed.py", "test_pull_killed.py", "test_soak.py", "test_clients.py"),

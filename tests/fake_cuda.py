@@ -22,11 +22,6 @@ ids). What arrives is `deliver`'s to say; by default ids count up along a row an
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import shutil
-import subprocess
-import tempfile
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,6 +31,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from built import built
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -77,25 +73,7 @@ class Hazard(Broken):
 
 def build() -> Path:
     """The device guard as a library, compiled if this torch has none yet (3 s)."""
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    assert compiler is not None, "no C++ compiler"
-    root = Path(torch.__file__).parent
-    key = hashlib.sha256(GUARD.encode() + torch.__version__.encode()).hexdigest()[:16]
-    folder = (
-        Path(os.environ.get("MIMO_TEST_CACHE", tempfile.gettempdir())) / f"mimo-sim-{os.getuid()}"
-    )
-    folder.mkdir(mode=0o700, exist_ok=True)
-    target = folder / f"guard-{key}.so"
-    if not target.exists():
-        source = target.with_name(f"{target.name}.{os.getpid()}.cpp")
-        part = source.with_suffix(".so")
-        source.write_text(GUARD)
-        command = [compiler, "-O1", "-std=c++20", "-shared", "-fPIC", f"-I{root / 'include'}"]
-        command += [str(source), f"-L{root / 'lib'}", "-lc10", "-o", str(part)]
-        subprocess.run(command, check=True, capture_output=True, text=True)
-        part.replace(target)
-        source.unlink()
-    return target
+    return built("guard", GUARD, "c10")
 
 
 _guard: ctypes.CDLL | None = None

@@ -6,17 +6,12 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import shutil
-import subprocess
-import tempfile
 import types
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from together import one_at_a_time
+from built import built
 
 SOURCE = Path(__file__).with_name("sim") / "simdev.cpp"
 
@@ -51,24 +46,7 @@ class Sim:
 
 def build() -> Path:
     """The shared library, compiled if this torch has none yet (20 s)."""
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    assert compiler is not None, "no C++ compiler"
-    root = Path(torch.__file__).parent
-    key = hashlib.sha256(SOURCE.read_bytes() + torch.__version__.encode()).hexdigest()[:16]
-    folder = (
-        Path(os.environ.get("MIMO_TEST_CACHE", tempfile.gettempdir())) / f"mimo-sim-{os.getuid()}"
-    )
-    folder.mkdir(mode=0o700, exist_ok=True)
-    target = folder / f"simdev-{key}.so"
-    with one_at_a_time(folder / "lock"):
-        if not target.exists():
-            include = [f"-I{root / 'include'}", f"-I{root / 'include/torch/csrc/api/include'}"]
-            part = target.with_name(f"{target.name}.{os.getpid()}")
-            command = [compiler, "-O1", "-std=c++20", "-shared", "-fPIC", *include, str(SOURCE)]
-            command += [f"-L{root / 'lib'}", "-lc10", "-ltorch_cpu", "-o", str(part)]
-            subprocess.run(command, check=True, capture_output=True, text=True)
-            part.replace(target)
-    return target
+    return built("simdev", SOURCE.read_text(), "c10", "torch_cpu")
 
 
 def load() -> Sim:

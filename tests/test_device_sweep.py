@@ -1,6 +1,6 @@
 """Prompts through experts on a device, with the CPU as the device: the same lines, real numbers.
 
-tests/test_sim_sweep.py runs them on a stand-in accelerator that catches missing waits.
+tests/test_sim_device.py runs them on a stand-in accelerator that catches missing waits.
 """
 
 from __future__ import annotations

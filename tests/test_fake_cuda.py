@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 
 import pytest
 import torch
+from built import needs_compiler
 from fake_cuda import FakeCuda, Hazard, HostWait, MixedDevices, fake_cuda
 
 from mimo_local.device import Mark, Stream, host_buffer
 
 CUDA = torch.device("cuda")
-pytestmark = pytest.mark.skipif(
-    shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler"
-)
+pytestmark = needs_compiler
 
 
 @pytest.fixture

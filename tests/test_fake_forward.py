@@ -7,7 +7,6 @@ host's half is real: stores, disk and kernels. tests/fake_cuda.py says what is c
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from built import needs_compiler
 from fake_cuda import FakeCuda, fake_cuda
 
 from mimo_local.cache import KVCache
@@ -35,9 +35,7 @@ from quant.convert import Recipe, convert
 CUDA = torch.device("cuda")
 CONFIG: dict[str, Any] = tiny.config("fsfs", "dmmm", experts=16, top_k=4, hidden=64)
 MIXTURES = 3
-pytestmark = pytest.mark.skipif(
-    shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler"
-)
+pytestmark = needs_compiler
 
 
 @pytest.fixture(scope="module", params=["nf4", "int8"])

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from built import needs_compiler
 from fake_cuda import FakeCuda, fake_cuda
 
 from mimo_local import mtp, ops, sizes, weights
@@ -46,9 +46,7 @@ RAW: dict[str, Any] = json.loads(Path(sizes.__file__).with_name("real_config.jso
 REAL = ModelConfig.from_dict(RAW)
 RECIPE = Recipe()
 K = REAL.experts_per_token
-pytestmark = pytest.mark.skipif(
-    shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler"
-)
+pytestmark = needs_compiler
 
 
 class Blank:

@@ -5,7 +5,6 @@ The host's half is real: stores, disk and kernels. tests/fake_cuda.py says what 
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from built import needs_compiler
 from fake_cuda import FakeCuda, Hazard, fake_cuda
 
 from mimo_local.device import Devices, Mark
@@ -34,9 +34,7 @@ DEVICE = Costs(1e-6, 1e-6, 0.0, 0.0, 1.0, 0.0, 0.0)
 HOST = Costs(1.0, 1.0, 0.0, 0.0, 1e-6, 0.0, 0.0)
 BOTH = Costs(1e-4, 0.0, 0.0, 0.0, 1e-4, 0.0, 0.0)
 SHARES = {"device": DEVICE, "host": HOST, "both": BOTH}
-pytestmark = pytest.mark.skipif(
-    shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler"
-)
+pytestmark = needs_compiler
 
 
 @pytest.fixture(scope="module", params=["nf4", "int8"])

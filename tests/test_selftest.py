@@ -8,7 +8,6 @@ from __future__ import annotations
 import getpass
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from typing import Any
 import pytest
 import sim_device
 import torch
+from built import needs_compiler
 
 from mimo_local.cli import main
 from mimo_local.errors import ExitCode, UsageError
@@ -27,9 +27,7 @@ from mimo_local.selftest.types import REAL, SMALL, Result, off
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
-on_sim = pytest.mark.skipif(
-    shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler"
-)
+on_sim = needs_compiler
 
 
 def test_the_cpu_as_the_device_passes_and_leaves_a_report(

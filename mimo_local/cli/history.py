@@ -273,7 +273,7 @@ def _bytes(file: Path) -> bytes:
     try:
         with zipfile.ZipFile(file) as archive, archive.open("conversations.json") as inside:
             return inside.read(MOST_BYTES + 1)
-    except (KeyError, zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError) as error:
+    except (KeyError, zipfile.BadZipFile, RuntimeError, EOFError) as error:
         raise UsageError(
             f"there is no readable conversations.json in `{file}`",
             hint="give the zip of a ChatGPT export, or a JSON file",

@@ -1,7 +1,7 @@
 """A prompt's experts on the stand-in device, in a process of its own: python ... PACK CASE.
 
 CASE "right" runs the code as it is; the others leave one wait out and must be caught. The last line
-is one JSON object. Called by tests/test_sim_sweep.py.
+is one JSON object. Called by tests/test_sim_device.py.
 """
 
 from __future__ import annotations
