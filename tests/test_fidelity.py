@@ -587,3 +587,20 @@ def test_a_conversion_ends_with_its_table(
     lines = capsys.readouterr().out.splitlines()
     rows = [line.split()[1] for line in lines if line.startswith(("| english", "| all"))]
     assert rows == ["english", "all"]
+
+
+def test_calibrated_experts_may_lose_more_of_their_weights_and_nothing_else_may() -> None:
+    def with_loss(role: str, fmt: str, worst: float, method: str) -> Report:
+        loss = Loss("model.layers.1.x", role, fmt, 1, worst / 2, worst, "model.layers.1.x")
+        return Report([loss], None, method)
+
+    heard = "nf4 by error feedback, from 99 tokens"
+    assert quality.warnings(with_loss("experts", "nf4", 0.17, heard)) == []
+    for role, fmt, worst, method in (
+        ("experts", "nf4", 0.17, ""),
+        ("experts", "nf4", 0.26, heard),
+        ("attention", "nf4", 0.17, heard),
+        ("experts", "int8", 0.17, heard),
+    ):
+        (warning,) = quality.warnings(with_loss(role, fmt, worst, method))
+        assert "outliers" in warning

@@ -113,18 +113,17 @@ def tables_of(report: Report) -> str:
     """Weights, then texts, as far as they were measured."""
     parts = []
     if report.losses:
-        parts += [_weights(report.losses) + (f"\n{report.method}" if report.method else "")]
+        parts += [_weights(report) + (f"\n{report.method}" if report.method else "")]
     if report.reading is not None:
         parts += [_texts(report.reading)]
     return "\n\n".join(parts) or "nothing was measured"
 
 
-def _weights(losses: list[Loss]) -> str:
+def _weights(report: Report) -> str:
     from mimo_local.cli.tables import table
-    from quant.quality import USUAL_LOSS
 
     groups: dict[tuple[str, str], list[Loss]] = {}
-    for loss in losses:
+    for loss in report.losses:
         if loss.role != "exact":
             groups.setdefault((loss.role, loss.format), []).append(loss)
     rows = []
@@ -134,7 +133,7 @@ def _weights(losses: list[Loss]) -> str:
             (
                 role, fmt, f"{sum(loss.matrices for loss in mine):,}",
                 _share(median(loss.rms for loss in mine)), _share(worst.worst),
-                f"< {_share(USUAL_LOSS[fmt])}", _short(worst.worst_name),
+                f"< {_share(report.usual(role, fmt))}", _short(worst.worst_name),
             )
         )  # fmt: skip
     head = ("weights", "format", "matrices", "error", "worst", "usual", "worst matrix")

@@ -19,11 +19,12 @@ from mimo_local import kernels
 from mimo_local.device import Mark, host_buffer
 from mimo_local.experts.device_sweep import DeviceSweep
 from mimo_local.experts.store import Store, Watcher
+from mimo_local.experts.tiered import KEEP_ROWS
 from mimo_local.experts.vram import VramTier
 from mimo_local.weights import Expert
 
-STEP_ROWS: Final = 64
-"""Up to so many rows (`tiered.KEEP_ROWS`) are a step; longer ones are prompts. In a step every
+STEP_ROWS: Final = KEEP_ROWS
+"""Up to so many rows are a step, as in the inner store; longer ones are prompts. In a step every
 expert in VRAM is given all rows: a product that reads its weights once hardly takes longer, and no
 list of rows has to go up."""
 
