@@ -1,6 +1,7 @@
 """Four bits against four bits: NF4 beside llama.cpp's Q4_K, on weights that no 4-bit grid favours.
 
-    python bench/quality_vs_q4k.py [--rows N] [--cols N] [--tokens N] [--model [--cache DIR]]
+    python bench/quality_vs_q4k.py [--rows N] [--cols N] [--tokens N]
+                                  [--model [--text FILE] [--cache DIR]]
 
 Q4_K is written anew here, in torch, after its published layout: 256 weights share two float16
 numbers, each 32 of them a 6-bit scale and a 6-bit minimum; scale and minimum by weighted least
@@ -195,7 +196,11 @@ class Hearing(Calibration):
 
 
 def model(
-    ways: dict[str, Quantise], cache: Path | None, tokens: int, calibration: int
+    ways: dict[str, Quantise],
+    cache: Path | None,
+    tokens: int,
+    calibration: int,
+    text: Path | None,
 ) -> dict[str, object]:
     """The demo's figures by way of storing its experts."""
     pack = demo_pack(fmt="bf16", cache_dir=cache)
@@ -204,7 +209,7 @@ def model(
     original = Variant(base, off_the_grid)
     heard = Hearing(original, pack, pack, tokens=calibration).read()
     print("demo        calibrated", flush=True)
-    ids = Ids.read(pack, None, tokens, base.config.max_context)
+    ids = Ids.read(pack, text, tokens, base.config.max_context)
     rows, targets, spans = ids.predictions()
     source, exact = hidden(original, ids)
     logits = list(source.logits(exact[rows]))
@@ -269,6 +274,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--calibrate-tokens", type=int, default=1500)
     parser.add_argument("--model", action="store_true")
+    parser.add_argument("--text", type=Path, help="read this file instead of the shipped texts")
     parser.add_argument("--cache", type=Path, help="cache folder of the demo; default: the user's")
     args = parser.parse_args()
     ways: dict[str, Quantise] = {
@@ -307,7 +313,7 @@ def main() -> None:
             )
     report = {"rows": args.rows, "cols": args.cols, "tokens": args.tokens, "results": results}
     if args.model:
-        report["demo"] = model(ways, args.cache, args.tokens, args.calibrate_tokens)
+        report["demo"] = model(ways, args.cache, args.tokens, args.calibrate_tokens, args.text)
     print(json.dumps(report | {"torch": torch.__version__, "machine": platform.machine()}))
 
 

@@ -228,9 +228,10 @@ def _about_weights(report: Report) -> list[str]:
         mine = sorted((loss for loss in high if loss.format == fmt), key=lambda loss: -loss.worst)
         more = f" and {len(mine) - 1} more" if len(mine) > 1 else ""
         roles = ", ".join(sorted({loss.role for loss in mine}))
+        usual = report.usual(mine[0].role, fmt)
         out.append(
             f"{mine[0].worst_name}{more} lost {mine[0].worst:.3f} at {fmt}, usual is up to "
-            f"{report.usual(mine[0].role, fmt):g}: outliers; a wider format for {roles} would keep them"
+            f"{usual:g}: outliers; a wider format for {roles} would keep them"
         )
     return out
 
